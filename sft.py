@@ -1,0 +1,474 @@
+"""The simplest training loop, and what every loop shares: ranks, optimizer step, run folders, exact resume.
+
+Two stages:
+  warmup    ten iterations of language modelling on worked answers with a prefix before the prompt, z drawn from the *prior*,
+            L = 1 (Eq. 11): the model learns to take a prefix as context. Longer teaches it to ignore the prefix.
+            `--prefix none` is the same without a prefix: the start of the RL baselines.
+  pretrain  makes the embedded default model `tiny` on the spot: a small Qwen3, trained on the tiny world of rewards.py and
+            saved as an ordinary Hugging Face folder, so that nothing downstream knows it is special.
+
+Departs from the paper: learning rate, batch size and warm-up corpus size are our choice (the paper gives none).
+Randomness is a pure function of (seed, step, row), so a resumed run needs no generator state to equal an uninterrupted one,
+and N ranks see the batches that one rank would.
+
+Run it:
+    python sft.py pretrain                                               # runs/tiny/base, about 80 s on two cores
+    python sft.py                                                        # warm up the tiny model under prefixes
+    python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --traces traces_math.jsonl --out runs/qwen/sft
+    torchrun --nproc_per_node=4 sft.py --model ...                       # the same on four GPUs
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from prefix import Palette, completion_logprobs, load_policy, micro_batches
+from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
+                     tiny_document, tiny_task, tiny_traces)
+from vae import VAE, load_traces
+
+# ---- ranks --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ranks:
+    """Where this process stands among the ranks of a torchrun job; alone it is rank 0 of 1."""
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device="auto"):
+        """Join the job that torchrun describes in the environment, if any. device: "auto", "cpu", "cuda" or "mps"."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and world > 1:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        return cls(rank, world, torch.device(device))
+
+    def own(self, rows):
+        """This rank's share of a global batch: every world-th item."""
+        return rows[self.rank::self.world]
+
+    def total(self, values):
+        """Sum of a list of numbers over all ranks, element by element, in double precision."""
+        summed = torch.tensor(values, dtype=torch.float64, device="cpu" if self.device.type != "cuda" else self.device)
+        if self.world > 1:
+            dist.all_reduce(summed)
+        return summed.tolist()
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+def seed_of(*parts):
+    """A 63-bit seed that is a pure function of its parts, e.g. seed_of(seed, "rollout", step, row)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---- optimizer ----------------------------------------------------------------------------------------------------------
+
+def make_optimizer(model, lr, weight_decay=0.0):
+    """AdamW on every trainable weight; betas (0.9, 0.98) as the moments must settle within tens of steps (our choice)."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98),
+                             weight_decay=weight_decay)
+
+
+def apply_gradients(model, optimizers, ranks, max_norm=1.0):
+    """Add the gradients of all ranks, clip, step, clear. Returns the gradient norm before clipping.
+
+    Losses are divided by *global* counts before backward, so gradients of ranks and of micro-batches add up to those of
+    one big batch. A rank without any loss takes part with zeros: every rank makes the same collective calls.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if ranks.world > 1:
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def autocast(device, precision):
+    """Forward passes in bf16 with fp32 weights (precision "bf16"), or plain fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+# ---- run folders --------------------------------------------------------------------------------------------------------
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/, policy/ (the finished model).
+
+    Everything is written under a temporary name and renamed when complete, by rank 0 alone; a kill at any moment leaves
+    either the old file or the new one. Every checkpoint is a Hugging Face folder with optimizer.safetensors and state.json
+    beside the weights, so evaluate.py reads it like any other model.
+    Raises ValueError if the folder holds a run with other settings, or an unfinished one and resume is not asked for.
+    """
+
+    def __init__(self, folder, config, ranks, resume=False, overwrite=False, keep=2):
+        self.folder, self.ranks, self.keep, self.writes = Path(folder), ranks, keep, ranks.rank == 0
+        self.finished = False
+        ranks.wait()                                    # no rank looks while rank 0 of an earlier stage still writes
+        if overwrite and self.writes and (self.folder / "config.json").is_file():
+            shutil.rmtree(self.folder)
+        ranks.wait()
+        known = self.folder / "config.json"
+        if known.is_file():
+            before = json.loads(known.read_text())
+            changed = [key for key in {**before, **config} if before.get(key) != json.loads(json.dumps(config.get(key)))]
+            if changed:
+                raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
+                                 f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
+            self.finished = (self.folder / "policy" / "config.json").is_file()
+            if not self.finished and not resume:
+                raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
+        ranks.wait()
+        if self.writes and not known.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(known, json.dumps(config, indent=1))
+
+    def log(self, name, *rows):
+        """Append rows to NAME.jsonl, on disk before this returns."""
+        if self.writes:
+            with open(self.folder / f"{name}.jsonl", "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def save(self, step, model, tokenizer, optimizers, **state):
+        """checkpoint-STEP/: all that the loop needs to go on after `step` finished steps. Keeps the newest `keep`."""
+        if self.writes:
+            tensors, scalars = {}, {}
+            for i, optimizer in enumerate(optimizers):
+                for index, entries in optimizer.state_dict()["state"].items():
+                    tensors.update({f"{i}.{index}.{key}": value.contiguous() for key, value in entries.items()})
+            with new_folder(self.folder / f"checkpoint-{step:06d}") as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+                save_file(tensors, folder / "optimizer.safetensors")
+                (folder / "state.json").write_text(json.dumps({"step": step, **state}))
+            for old in self.checkpoints()[:-self.keep]:
+                shutil.rmtree(old)
+        self.ranks.wait()
+
+    def checkpoints(self):
+        return sorted(self.folder.glob("checkpoint-[0-9]*"))
+
+    def restore(self, model, optimizers):
+        """Load the newest readable checkpoint into model and optimizers. Returns its state {"step": ...}, step 0 if none.
+
+        metrics.jsonl and samples.jsonl are cut back to that step: what came after it is about to happen again.
+        """
+        state = {"step": 0}
+        for folder in reversed(self.checkpoints()):
+            try:
+                saved, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+                found = json.loads((folder / "state.json").read_text())
+                model.load_state_dict(saved, strict=False)              # a tied head is stored once
+                for i, optimizer in enumerate(optimizers):
+                    content = optimizer.state_dict()
+                    content["state"] = {}
+                    for key, value in moments.items():
+                        which, index, name = key.split(".", 2)
+                        if int(which) == i:
+                            content["state"].setdefault(int(index), {})[name] = value
+                    optimizer.load_state_dict(content)
+                state = found
+                break
+            except Exception as error:                  # each library has its own error for a torn file; go one back
+                print(f"{folder} cannot be read ({str(error).splitlines()[0]}): going back to the one before", flush=True)
+        if self.writes:
+            for path in self.folder.glob("*.jsonl"):
+                kept = [line for line in path.read_text().splitlines() if line.endswith("}") and
+                        json.loads(line).get("step", 0) <= state["step"]]
+                write_text(path, "".join(line + "\n" for line in kept))
+        self.ranks.wait()
+        return state
+
+    def finish(self, model, tokenizer):
+        """Write policy/, the finished model; its presence says that the run is complete. Checkpoints are dropped."""
+        if self.writes:
+            with new_folder(self.folder / "policy") as folder:
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            for old in self.checkpoints():
+                shutil.rmtree(old)
+        self.finished = True
+        self.ranks.wait()
+
+
+def write_text(path, text):
+    """Replace a file in one step: readers see the old content or the new, never a part."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Fill a folder under a temporary name; it takes its own name when complete, and vanishes if filling it fails."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- warm-up under a prefix (Eq. 11) ------------------------------------------------------------------------------------
+
+def answer_ids(trace, tokenizer, prompt_style, max_tokens):
+    """(prompt ids, answer ids with the end token) of a trace; the answer is cut at max_tokens (then without end token)."""
+    prompt = prompt_ids(trace["question"], tokenizer, style=prompt_style)
+    lead = "" if prompt_style == "chat" or (prompt_style == "auto" and tokenizer.chat_template) else " "
+    answer = tokenizer(lead + trace["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return prompt[-max_tokens:], answer[:max_tokens]
+
+
+def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
+    """Backward of the mean negative log-likelihood of the answers, over all ranks. rows: this rank's (prompt, answer) ids.
+
+    Returns (sum of the loss, answer tokens) of this rank; the mean over the *global* number of answer tokens is what is
+    minimised, so neither micro-batches nor ranks change the gradient.
+    """
+    total = ranks.total([sum(len(answer) for _, answer in rows)])[0]
+    loss_sum = 0.0
+    lengths = [len(prompt) + len(answer) + (0 if prefix is None else len(prefix))
+               for (prompt, answer), prefix in zip(rows, prefixes)]
+    for group in micro_batches(lengths, tokens_per_batch):
+        with autocast(ranks.device, precision):
+            logprobs, _ = completion_logprobs(model, [rows[i][0] for i in group], [rows[i][1] for i in group],
+                                              [prefixes[i] for i in group])
+        (-logprobs.sum() / total).backward()
+        loss_sum -= logprobs.sum().item()
+    return loss_sum, total
+
+
+def warmup(model, tokenizer, traces, palette, run, args):
+    """Eq. 11: `args.steps` updates on answers under prefixes drawn from the prior, independent of the trace."""
+    optimizer = make_optimizer(model, args.lr)
+    start = run.restore(model, [optimizer])["step"]
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", disable=not run.writes):
+        began = time.time()
+        picked = random.Random(seed_of(args.seed, "sft batch", step)).choices(traces, k=args.batch)
+        rows = [answer_ids(trace, tokenizer, args.prompt, args.max_tokens) for trace in run.ranks.own(picked)]
+        prefixes, _ = palette.draw([seed_of(args.seed, "sft prefix", step, i) for i in run.ranks.own(range(args.batch))])
+        loss_sum, tokens = lm_step(model, rows, prefixes, run.ranks, args.tokens_per_batch, args.precision)
+        norm = apply_gradients(model, [optimizer], run.ranks)
+        run.log("metrics", {"step": step + 1, "loss": run.ranks.total([loss_sum])[0] / tokens, "gradient_norm": norm,
+                            "answer_tokens": int(tokens), "seconds": round(time.time() - began, 3)})
+        if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+            run.save(step + 1, model, tokenizer, [optimizer])
+    run.finish(model, tokenizer)
+
+
+# ---- pretraining the tiny base ------------------------------------------------------------------------------------------
+
+def tiny_tokenizer():
+    """A word-level Hugging Face tokenizer of the tiny world, with a chat template "<q> question <a>"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TINY_VOCABULARY)}, unk_token=PAD))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=END, unk_token=PAD)
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_model(seed=0):
+    """A Qwen3 of 2 layers, width 128 and 0.4M weights. Init 0.08: at the usual 0.02 it stays at chance for 1,250 steps."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(TINY_VOCABULARY), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=32, intermediate_size=384, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08,
+        bos_token_id=None, eos_token_id=TINY_VOCABULARY.index(END), pad_token_id=TINY_VOCABULARY.index(PAD)))
+
+
+def tiny_batch(seed, step, batch, length, word_id, table):
+    """Documents of one step: ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights [B, T].
+
+    weights: 1 where the word is to be predicted; 0 in titles and inside questions, which hold nothing to learn.
+    """
+    rng = random.Random(seed_of(seed, "document", step))
+    documents = [tiny_document(rng, length) for _ in range(batch)]
+    ids = torch.tensor([[word_id[word] for word in words] for words, _, _ in documents])               # [B, T]
+    opened, closed = (ids == word_id[QUESTION]).cumsum(1), (ids == word_id[ANSWER]).cumsum(1)
+    weights = ~((opened > closed) & (ids != word_id[QUESTION]) | (ids == word_id[ANSWER]))             # [B, T]
+    for row, (_, n_title, _) in zip(weights, documents):
+        row[:n_title] = False
+    embeddings = torch.nn.functional.embedding(ids, table)                                             # [B, T, d]
+    soft = [(b, t, bag) for b, (_, _, bags) in enumerate(documents) for t, bag in bags.items()]
+    if soft:
+        flat = torch.tensor([word_id[word] for _, _, bag in soft for word in bag])
+        starts = torch.tensor([0] + [len(bag) for _, _, bag in soft[:-1]]).cumsum(0)
+        means = torch.nn.functional.embedding_bag(flat, table, starts, mode="mean")                    # [soft rows, d]
+        embeddings = embeddings.index_put((torch.tensor([b for b, _, _ in soft]), torch.tensor([t for _, t, _ in soft])), means)
+    return ids, embeddings, weights.float()
+
+
+def pretrain(out, seed=0, steps=900, batch=32, length=80, resume=False, overwrite=False, save_every=200):
+    """Make the tiny base in `out`: policy/ (a Hugging Face folder) and traces.jsonl. Returns the Run.
+
+    Muon (the hidden matrices) beside AdamW (embeddings and norms), both from torch.optim: the steps it saves against AdamW
+    alone are what makes this fit into a coffee break. Every process that is not rank 0 waits.
+    """
+    ranks = Ranks.start("cpu")
+    config = dict(stage="pretrain", seed=seed, steps=steps, batch=batch, length=length)
+    run = Run(out, config, ranks, resume, overwrite)
+    if run.finished:
+        return run
+    if run.writes:
+        run.ranks = Ranks(0, 1, torch.device("cpu"))            # rank 0 works alone: the model is too small to share
+        _pretrain_alone(run, seed, steps, batch, length, save_every)
+        run.ranks = ranks
+    ranks.wait()
+    return run
+
+
+def _pretrain_alone(run, seed, steps, batch, length, save_every):
+    model, tokenizer = tiny_model(seed), tiny_tokenizer()
+    word_id, table = {word: i for i, word in enumerate(TINY_VOCABULARY)}, model.get_input_embeddings().weight
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+    peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    start = run.restore(model, optimizers)["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="pretraining the tiny base")
+    for step in bar:
+        warm, cool = (step + 1) / 30, 0.03 + 1.6 * (1 - step / steps)      # up over 30 steps, flat, then down from 40% on
+        for group, lr in zip([g for o in optimizers for g in o.param_groups], peak):
+            group["lr"] = lr * min(1.0, warm, cool)
+        ids, embeddings, weights = tiny_batch(seed, step, batch, length, word_id, table)
+        logits = model(inputs_embeds=embeddings).logits[:, :-1]                                        # [B, T-1, V]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+        loss.backward()
+        norm = apply_gradients(model, optimizers, run.ranks)
+        if (step + 1) % 10 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+            run.log("metrics", {"step": step + 1, "loss": loss.item(), "gradient_norm": norm})
+        if (step + 1) % save_every == 0 and step + 1 < steps:
+            run.save(step + 1, model, tokenizer, optimizers)
+    leak = style_leak(model, tokenizer)
+    run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
+    print("first word of an answer without context opens style " + ", ".join(f"{name} in {share:.3%}" for name, share in leak.items())
+          + f" (trained at {CHAT_LEAK:.2%} for math and code)")
+    write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in tiny_traces(3000, seed)))
+    run.finish(model.eval(), tokenizer)
+
+
+@torch.no_grad()
+def style_leak(model, tokenizer, questions=512):
+    """Exact probability of each style's opening words at the first answer position, without any context, mean over questions.
+
+    How rare the good strategies are decides what exploration can gain, so it is measured and printed, not assumed.
+    """
+    rows = torch.tensor([prompt_ids(row["question"], tokenizer) for row in tiny_task(0, questions).test if row["family"] == "arith"])
+    first = model(input_ids=rows).logits[:, -1].softmax(-1).mean(0)                                    # [V]
+    openings = {"math": "step first then next", "code": "x run exec call", "qa": "i"}
+    return {style: first[tokenizer.convert_tokens_to_ids(openings[style].split())].sum().item() for style in STYLES}
+
+
+# ---- command line -------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", nargs="?", choices=("warmup", "pretrain"), default="warmup", help="what to do (default: warmup)")
+    data = parser.add_argument_group("model and data")
+    data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
+    data.add_argument("--vae", default="runs/tiny/vae", help="folder of a trained VAE (default: runs/tiny/vae)")
+    data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="JSONL files or hub:... (default: the tiny world's)")
+    data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
+    data.add_argument("--prompt", choices=("auto", "chat", "plain"), default="auto", help="prompt format (default: auto)")
+    data.add_argument("--out", help="run folder (default: runs/tiny/base for pretrain, runs/tiny/sft[-none] for warmup)")
+    prefix = parser.add_argument_group("prefix")
+    prefix.add_argument("--prefix", default="prior", help="prior (the paper), none (baseline) or another source (default: prior)")
+    prefix.add_argument("--length", type=int, default=1, help="prefix rows L (default: 1)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup, 900 for pretrain)")
+    training.add_argument("--batch", type=int, help="rows per update, over all ranks (default: 64; 32 for pretrain)")
+    training.add_argument("--lr", type=float, default=3e-6, help="AdamW's learning rate in warmup (default: 3e-6)")
+    training.add_argument("--max-tokens", type=int, default=512, help="longest prompt, and longest answer (default: 512)")
+    training.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    machine = parser.add_argument_group("machine and run folder")
+    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    machine.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of forward passes (default: fp32)")
+    machine.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one micro-batch (default: 4096)")
+    machine.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: 100)")
+    machine.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    machine.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+    args = parser.parse_args(argv)
+    args.steps = args.steps if args.steps is not None else 900 if args.stage == "pretrain" else 10
+    args.batch = args.batch or (32 if args.stage == "pretrain" else 64)
+    args.out = args.out or ("runs/tiny/base" if args.stage == "pretrain" else
+                            "runs/tiny/sft" + ("-none" if args.prefix == "none" else ""))
+    for name in ("steps", "batch", "max_tokens", "tokens_per_batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.model != "tiny" and not args.traces and args.stage == "warmup":
+        parser.error("--traces is needed for a model other than tiny")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.stage == "pretrain":
+        run = pretrain(args.out, args.seed, args.steps, args.batch, resume=args.resume, overwrite=args.overwrite)
+        print(f"the tiny base is in {run.folder}/policy")
+        return
+    ranks = Ranks.start(args.device)
+    model, tokenizer = load_policy(args.model, ranks.device)
+    traces = load_traces(args.traces or ["runs/tiny/base/traces.jsonl"], args.limit if args.traces else 10**9)
+    vae = None if args.prefix in ("none", "noise") else VAE.load(args.vae)
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
+    run = Run(args.out, warmup_config(args), ranks, args.resume, args.overwrite)
+    if not run.finished:
+        warmup(model, tokenizer, traces, palette, run, args)
+    if ranks.rank == 0:
+        print(f"the warmed-up policy is in {run.folder}/policy")
+
+
+def warmup_config(args):
+    """The settings that decide the result: what config.json holds and a resumed run must share."""
+    return {key: getattr(args, key) for key in ("stage", "model", "vae", "traces", "limit", "prompt", "prefix", "length", "steps",
+                                                "batch", "lr", "max_tokens", "seed", "precision")}
+
+
+def run_main(main_function, name):
+    """Run a script's main: bad input ends in one sentence and exit status 1, Ctrl-C in 130; no traceback for either."""
+    try:
+        main_function()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C; what was saved stays valid, --resume goes on from it", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main, "sft.py")

@@ -1,0 +1,388 @@
+"""The latent space of reasoning strategies: a VAE over mean-pooled token embeddings of worked answers (Sec. 3.2).
+
+A trace (a question with a worked answer) becomes one vector h, the mean of its raw token embeddings (Eq. 5). A small VAE
+squeezes h through a latent z of a few numbers (Eq. 6-8). Afterwards any z ~ N(0, I) decodes to a vector that reads like one
+pseudo-token in the style of some trace, and a Gaussian fitted to the latents of one domain draws that domain's style.
+
+Departs from the paper (which leaves these open): latent width k = 8; h is centred and divided by one scalar, its overall
+standard deviation, so that the loss means the same for every model; beta = 1; one hidden layer of 128. Beside the VAE we
+fit a plain Gaussian to h, the control that tells what the VAE itself adds.
+
+Run it (writes vae.safetensors, config.json, metrics.jsonl, latents.safetensors, latents.png into --out):
+    python vae.py                                                    # the tiny world (its base model is made first)
+    python vae.py --model Qwen/Qwen3-0.6B-Base --out runs/qwen/vae \\
+        --traces math=hub:meta-math/MetaMathQA code=traces_code.jsonl qa=traces_qa.jsonl
+"""
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+TINY_BASE = "runs/tiny/base"            # run folder of `sft.py pretrain`: policy/ and traces.jsonl
+
+
+# ---- traces -------------------------------------------------------------------------------------------------------------
+
+def load_traces(specs, limit=2000):
+    """Worked answers by domain, as rows {question, answer, domain}.
+
+    specs: each "DOMAIN=SOURCE", or a bare SOURCE whose rows name their domain. SOURCE is a JSONL file or
+    "hub:DATASET[:CONFIG[:SPLIT]]" (streamed). limit: rows kept per source.
+    Raises ValueError naming the file and line of a malformed row, or the domain without rows.
+    """
+    traces = []
+    for spec in specs:
+        domain, equals, source = spec.partition("=")
+        domain, source = (domain, source) if equals else (None, spec)
+        read = _hub_rows if source.startswith("hub:") else _jsonl_rows
+        rows = [_trace(where, row, domain) for where, row in read(source, limit)]
+        if not rows:
+            raise ValueError(f"{source}: no traces in it{f' for domain {domain!r}' if domain else ''}; every domain needs some")
+        traces += rows
+    return traces
+
+
+def _jsonl_rows(source, limit):
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
+        if not line.strip():
+            continue
+        try:
+            yield f"{source}, line {number}", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source}, line {number}: not JSON ({error.msg})") from None
+
+
+def _hub_rows(source, limit):
+    from datasets import load_dataset           # only here: a local run needs neither the package nor a network
+    name, config, split = (source[4:].split(":") + ["default", "train"])[:3] if source.count(":") != 2 \
+        else [*source[4:].split(":"), "train"]
+    for number, row in enumerate(load_dataset(name, config, split=split, streaming=True).take(limit)):
+        yield f"{source}, row {number}", row
+
+
+def _trace(where, row, domain):
+    """Bring one raw row to {question, answer, domain}; hub sets name these fields in several ways."""
+    if isinstance(row, dict) and isinstance(row.get("conversations"), list):       # ShareGPT: the first turn and its reply
+        turns = [turn.get("value", "") for turn in row["conversations"]] + ["", ""]
+        row = {"question": turns[0], "answer": turns[1]}
+    pick = lambda *names: next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
+    question = pick("question", "query", "problem", "prompt", "instruction") if isinstance(row, dict) else None
+    answer = pick("answer", "response", "solution", "output", "content") if isinstance(row, dict) else None
+    domain = domain or (pick("domain") if isinstance(row, dict) else None)
+    if answer is None or domain is None:
+        raise ValueError(f"{where}: no '{'answer' if answer is None else 'domain'}' with text in it; "
+                         "a trace is {question, answer, domain} (or give the domain as DOMAIN=FILE)")
+    return {"question": question or "", "answer": answer, "domain": domain}      # CodeParrot rows are answers alone
+
+
+# ---- h: one vector per trace --------------------------------------------------------------------------------------------
+
+def find_model(name):
+    """What `transformers` should load for `name`: a hub name, a folder, the finished policy of a run folder, or "tiny".
+
+    "tiny" is the embedded default, made on the spot where it is missing: by `sft.py pretrain` in a process of its own,
+    because this file stands below sft.py and imports none of it.
+    """
+    if name == "tiny":
+        name = TINY_BASE
+        if not (Path(name) / "policy" / "config.json").is_file():
+            print(f"building {name}: python sft.py pretrain --resume", flush=True)
+            alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            subprocess.run([sys.executable, str(Path(__file__).with_name("sft.py")), "pretrain", "--resume"], check=True, env=alone)
+    policy = Path(name) / "policy"
+    return str(policy) if (policy / "config.json").is_file() else name
+
+
+def load_embeddings(name):
+    """The tokenizer and the token-embedding table E [V, d] (fp32) of a model: all the VAE needs of it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    name = find_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return AutoTokenizer.from_pretrained(name), model.get_input_embeddings().weight.detach()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, "
+                         "a folder written by save_pretrained, or tiny)") from None
+
+
+@torch.no_grad()
+def mean_pool(traces, tokenizer, table):
+    """h = mean over the tokens of [question; answer] of E (Eq. 5). Returns [N, d]. No chat template, no special tokens.
+
+    table: E [V, d]. embedding_bag means without building the [N, T, d] tensor of all embeddings.
+    """
+    ids = tokenizer([f"{trace['question']} {trace['answer']}".strip() for trace in traces],
+                    add_special_tokens=False)["input_ids"]
+    for trace, row in zip(traces, ids):
+        if not row:
+            raise ValueError(f"a trace of domain {trace['domain']!r} has no tokens: {str(trace)[:80]}")
+    starts = torch.tensor([0] + [len(row) for row in ids[:-1]]).cumsum(0)                          # [N]
+    flat = torch.tensor([token for row in ids for token in row])
+    return nn.functional.embedding_bag(flat, table.float().cpu(), starts, mode="mean")             # [N, d]
+
+
+# ---- the VAE ------------------------------------------------------------------------------------------------------------
+
+class VAE(nn.Module):
+    """Encoder h -> (mu, log sigma^2), decoder z -> h_hat: two MLPs with one hidden layer (Eq. 6, 7).
+
+    width: d of the policy's embedding table. latent: k. hidden: our choice, 128. Standardisation lives inside: `encode`
+    takes and `decode` gives vectors in the space of token embeddings.
+    After training it also carries, as buffers, the Gaussian of every domain in latent space, the Gaussian of h, and a few
+    rows of E by which a policy is recognised.
+    """
+
+    def __init__(self, width, latent=8, hidden=128, domains=(), gauss_rank=0, anchors=0):
+        super().__init__()
+        self.domains, self.settings = list(domains), dict(width=width, latent=latent, hidden=hidden, domains=list(domains),
+                                                          gauss_rank=gauss_rank, anchors=anchors)
+        self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, width))
+        shapes = {"mean": (width,), "scale": (), "domain_mean": (len(self.domains), latent),
+                  "domain_factor": (len(self.domains), latent, latent), "gauss_factor": (gauss_rank, width),
+                  "anchor_rows": (anchors, width)}
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def encode(self, h):
+        """h [N, d] -> mu [N, k], log sigma^2 [N, k]."""
+        return self.encoder((h - self.mean) / self.scale).chunk(2, dim=-1)
+
+    def decode(self, z):
+        """z [..., k] -> h_hat [..., d]: a pseudo-token embedding."""
+        return self.decoder(z) * self.scale + self.mean
+
+    def loss(self, h, beta, generator):
+        """(reconstruction, KL per dimension [k], total) of Eq. 8, in units of the standardised h, means over the batch."""
+        mu, log_var = self.encode(h)
+        z = mu + torch.exp(log_var / 2) * torch.randn(mu.shape, generator=generator)
+        target = (h - self.mean) / self.scale
+        reconstruction = (self.decoder(z) - target).pow(2).sum(-1).mean()
+        kl = 0.5 * (mu.pow(2) + log_var.exp() - 1 - log_var).mean(0)                       # [k]
+        return reconstruction, kl, reconstruction + beta * kl.sum()
+
+    def check_policy(self, table):
+        """Raises ValueError unless `table` [V, d] is the embedding table this VAE was trained on, up to fine-tuning."""
+        if table.shape[1] != self.mean.shape[0]:
+            raise ValueError(f"this VAE decodes to width {self.mean.shape[0]}, the policy's embeddings have width "
+                             f"{table.shape[1]}: train a VAE for this policy with vae.py --model")
+        rows = table[_anchor_index(len(table), len(self.anchor_rows))].float().cpu()
+        drift = (rows - self.anchor_rows).norm() / self.anchor_rows.norm()
+        if not drift < 0.5:                     # fine-tuning moves E by a few per cent, another table is about 1.4 away
+            raise ValueError(f"this VAE was trained on another embedding table (relative distance {drift:.2f}): "
+                             "train a VAE for this policy with vae.py --model")
+
+    def save(self, folder, **notes):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "vae.safetensors.tmp")
+        os.replace(folder / "vae.safetensors.tmp", folder / "vae.safetensors")
+        _write_json(folder / "config.json", {"vae": self.settings, **notes})     # last: its presence says the VAE is complete
+
+    @classmethod
+    def load(cls, folder):
+        """A trained VAE from its folder. Raises ValueError in one sentence if it is missing or damaged."""
+        folder = Path(folder)
+        try:
+            vae = cls(**json.loads((folder / "config.json").read_text())["vae"])
+            vae.load_state_dict(load_file(folder / "vae.safetensors"))
+        except FileNotFoundError:
+            raise ValueError(f"no VAE in {folder}: train one with vae.py --out {folder}") from None
+        except Exception as error:              # safetensors, json and torch each raise their own kind for a damaged file
+            raise ValueError(f"the VAE in {folder} cannot be read ({str(error).splitlines()[0]}): train it again") from None
+        return vae.eval().requires_grad_(False)
+
+
+def _anchor_index(rows, count):
+    return torch.linspace(0, rows - 1, count).long()
+
+
+def _write_json(path, content):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def _gaussian_factor(covariance):
+    """A [r, d] with A^T A = covariance: eps [r] ~ N(0, I) gives eps @ A ~ N(0, covariance). Rank-deficient is fine."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.clamp_min(0).sqrt()).T.contiguous()
+
+
+# ---- training -----------------------------------------------------------------------------------------------------------
+
+def train_vae(traces, tokenizer, table, out, latent=8, hidden=128, beta=1.0, epochs=60, batch=128, lr=2e-3, seed=0):
+    """Train on h of all traces but every tenth (held out), fit the Gaussians, save to `out`. Returns the VAE.
+
+    Learning stays on the CPU: 5,000 vectors through two small MLPs take seconds there.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    domains = sorted({trace["domain"] for trace in traces})
+    h = mean_pool(traces, tokenizer, table)                                                # [N, d]
+    held = torch.arange(len(h)) % 10 == 9
+    if not held.any():
+        raise ValueError(f"{len(traces)} traces are too few for a VAE: give at least 10")
+    centred = h[~held] - h[~held].mean(0)
+    rank = min(256, *centred.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = VAE(h.shape[1], latent, hidden, domains, rank, min(64, len(table)))
+    vae.mean.copy_(h[~held].mean(0))
+    vae.scale.copy_(centred.pow(2).mean().sqrt())
+    # the control "gauss": N(mean h, cov h) from the first 256 principal directions, without any VAE
+    _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
+    vae.gauss_factor.copy_(singular[:rank, None] * directions[:rank] / math.sqrt(max(1, len(centred) - 1)))
+    vae.anchor_rows.copy_(table[_anchor_index(len(table), len(vae.anchor_rows))])
+    optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
+    with open(out / "metrics.jsonl", "w") as log:
+        for epoch in tqdm(range(epochs), desc="vae", leave=False):
+            for rows in h[~held][torch.randperm(int((~held).sum()), generator=generator)].split(batch):
+                _, _, total = vae.loss(rows, beta, generator)
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+            with torch.no_grad():
+                reconstruction, kl, total = vae.loss(h[held], beta, torch.Generator().manual_seed(0))
+            log.write(json.dumps({"epoch": epoch + 1, "held_out_reconstruction": reconstruction.item(),
+                                  "held_out_kl": kl.sum().item(), "held_out_loss": total.item()}) + "\n")
+    vae.eval().requires_grad_(False)
+    labels = torch.tensor([domains.index(trace["domain"]) for trace in traces])
+    fit_domains(vae, h, labels)
+    mu, _ = vae.encode(h)
+    save_file({"mu": mu.contiguous(), "domain": labels}, out / "latents.safetensors")
+    vae.save(out, report=report(vae, h[held], table), beta=beta, epochs=epochs, seed=seed, traces=len(traces))
+    return vae
+
+
+@torch.no_grad()
+def fit_domains(vae, h, labels):
+    """One Gaussian per domain over its traces' latents (Sec. 3.3): the moments of z ~ q(z|h), h [N, d], labels [N].
+
+    Mean of mu; covariance of mu plus the mean of sigma^2, which is what sampling z for ever would give.
+    """
+    mu, log_var = vae.encode(h)
+    for i, domain in enumerate(vae.domains):
+        own = labels == i
+        if own.sum() < 2:
+            raise ValueError(f"domain '{domain}' has {int(own.sum())} trace: a Gaussian needs at least 2")
+        vae.domain_mean[i] = mu[own].mean(0)
+        vae.domain_factor[i] = _gaussian_factor(torch.cov(mu[own].T) + torch.diag(log_var[own].exp().mean(0)))
+
+
+@torch.no_grad()
+def report(vae, h, table):
+    """The figures that would betray a collapsed posterior, on held-out h [N, d]; squared errors per vector, standardised.
+
+    active_units counts latent dimensions whose mean varies with the input: Var(mu) > 0.01 (Burda et al. 2016).
+    reconstruction beside predict_the_mean: equal means that the latent carries nothing.
+    """
+    mu, _ = vae.encode(h)
+    reconstruction, kl, _ = vae.loss(h, 1.0, torch.Generator().manual_seed(0))
+    decoded = vae.decode(torch.randn(2000, mu.shape[1], generator=torch.Generator().manual_seed(1)))
+    return {"reconstruction": round(reconstruction.item(), 4),
+            "predict_the_mean": round(((h - vae.mean) / vae.scale).pow(2).sum(-1).mean().item(), 4),
+            "kl_per_dimension": [round(value, 3) for value in kl.tolist()],
+            "active_units": int((mu.var(0) > 0.01).sum()) if len(mu) > 1 else 0,
+            "decoded_prefix_norm": round(decoded.norm(dim=-1).mean().item(), 4),
+            "h_norm": round(h.norm(dim=-1).mean().item(), 4),
+            "token_embedding_norm": round(table.float().norm(dim=-1).mean().item(), 4)}
+
+
+# ---- pictures (Fig. 3) --------------------------------------------------------------------------------------------------
+
+def pca(x, components=2):
+    """x [N, d] centred and projected on its first principal directions: [N, components]."""
+    centred = x - x.mean(0)
+    return centred @ torch.linalg.svd(centred, full_matrices=False)[2][:components].T
+
+
+def draw_latents(vae, folder, per_domain=100):
+    """latents.png: latents and decoded prefixes of every domain, by PCA, and by t-SNE where scikit-learn is at hand."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print('no picture of the latents: matplotlib is missing (pip install -e ".[plots]")')
+        return None
+    latents = load_file(Path(folder) / "latents.safetensors")
+    keep = torch.cat([(latents["domain"] == i).nonzero()[:per_domain, 0] for i in range(len(vae.domains))])
+    mu, labels = latents["mu"][keep], latents["domain"][keep]
+    views = [(f"PCA of {what}", pca(x)) for what, x in (("latents", mu), ("decoded prefixes", vae.decode(mu)))]
+    try:
+        from sklearn.manifold import TSNE
+        near = min(30, len(mu) // 4)
+        views += [(f"t-SNE of {what}", torch.from_numpy(TSNE(perplexity=near, random_state=0).fit_transform(x.numpy())))
+                  for what, x in (("latents", mu), ("decoded prefixes", vae.decode(mu)))] if near > 1 else []
+    except ImportError:
+        print('no t-SNE: scikit-learn is missing (pip install -e ".[plots]")')
+    figure, axes = pyplot.subplots(1, len(views), figsize=(4 * len(views), 3.8), layout="constrained")
+    for axis, (title, points) in zip(axes, views):
+        for i, domain in enumerate(vae.domains):
+            axis.scatter(*points[labels == i].T, s=9, alpha=0.7, label=domain)
+        axis.set(title=title, xticks=[], yticks=[])
+    axes[0].legend()
+    figure.savefig(Path(folder) / "latents.png", dpi=120)
+    pyplot.close(figure)
+    return Path(folder) / "latents.png"
+
+
+# ---- command line -------------------------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--model", default="tiny", help="whose embedding table: hub name, folder or tiny (default: tiny)")
+    data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE",
+                      help="JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own traces)")
+    data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
+    data.add_argument("--out", default="runs/tiny/vae", help="run folder (default: runs/tiny/vae)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--latent", type=int, default=8, help="latent width k (default: 8)")
+    model.add_argument("--hidden", type=int, default=128, help="width of the hidden layers (default: 128)")
+    model.add_argument("--beta", type=float, default=1.0, help="weight of the KL term, Eq. 8 (default: 1)")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=60, help="passes over the traces (default: 60)")
+    training.add_argument("--batch", type=int, default=128, help="traces per update (default: 128)")
+    training.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate (default: 2e-3)")
+    training.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: 0)")
+    args = parser.parse_args(argv)
+    for name in ("limit", "latent", "hidden", "epochs", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.model != "tiny" and not args.traces:
+        parser.error("--traces is needed for a model other than tiny")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    tokenizer, table = load_embeddings(args.model)
+    traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
+    vae = train_vae(traces, tokenizer, table, args.out, args.latent, args.hidden, args.beta, args.epochs, args.batch, args.lr,
+                    args.seed)
+    print(json.dumps(json.loads((Path(args.out) / "config.json").read_text())["report"], indent=1))
+    picture = draw_latents(vae, args.out)
+    print(f"saved {args.out}" + (f", picture {picture}" if picture else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"vae.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("vae.py: stopped by Ctrl-C; whatever was saved stays valid")
