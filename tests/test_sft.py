@@ -1,0 +1,202 @@
+"""sft.py: the loss under a prefix, run folders, exact resume, and the tiny base's documents."""
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sft
+from prefix import Palette
+from rewards import ANSWER, END, PAD, QUESTION, TINY_VOCABULARY
+from sft import Ranks, Run, answer_ids, lm_step, seed_of, tiny_batch, warmup
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+WORD_ID = {word: i for i, word in enumerate(TINY_VOCABULARY)}
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def rows_and_prefixes(model, tokenizer, vae, traces):
+    rows = [answer_ids(trace, tokenizer, "auto", 64) for trace in traces[:8]]
+    prefixes, _ = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", 2).draw(range(8))
+    return rows, [prefix if i % 2 else None for i, prefix in enumerate(prefixes)]
+
+
+def test_the_loss_is_the_plain_one_of_transformers_on_answer_tokens_end_token_included(model, rows_and_prefixes):
+    rows, prefixes = rows_and_prefixes
+    loss_sum, tokens = lm_step(model, rows, prefixes, ALONE)
+    ours, embed = gradients(model), model.get_input_embeddings()
+    model.zero_grad()
+    total = 0.0
+    for (prompt, answer), prefix in zip(rows, prefixes):
+        assert answer[-1] == WORD_ID[END]
+        lead = prefix if prefix is not None else torch.zeros(0, 128)
+        inputs = torch.cat([lead, embed(torch.tensor(prompt + answer))])[None]
+        labels = torch.tensor([[-100] * (len(lead) + len(prompt)) + answer])
+        total = total + model(inputs_embeds=inputs, labels=labels).loss * len(answer)
+    count = sum(len(answer) for _, answer in rows)
+    (total / count).backward()
+    assert tokens == count and loss_sum == pytest.approx(total.item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(model, rows_and_prefixes):
+    found = []
+    for tokens_per_batch in (1, 120, 100_000):              # one row, about three rows, all rows
+        model.zero_grad()
+        lm_step(model, *rows_and_prefixes, ALONE, tokens_per_batch)
+        found.append(gradients(model))
+    for other in found[1:]:
+        for name in other:
+            torch.testing.assert_close(found[0][name], other[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_the_end_token_is_learnt_even_where_it_is_also_the_pad_token(model, tokenizer):
+    """Bug 1 of design.md: pad == EOS must not mask EOS out of the loss."""
+    rows = [([WORD_ID["calc"]], [WORD_ID["so"], WORD_ID[END]]), ([WORD_ID["calc"]] * 5, [WORD_ID["thus"]] * 4 + [WORD_ID[END]])]
+    model.config.pad_token_id = WORD_ID[END]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(15):
+        lm_step(model, rows, [None, None], ALONE)
+        optimizer.step()
+        optimizer.zero_grad()
+    logits = model(input_ids=torch.tensor([[WORD_ID["calc"], WORD_ID["so"]]])).logits[0, -1]
+    assert logits.argmax().item() == WORD_ID[END]
+
+
+def warm_args(**changes):
+    return SimpleNamespace(**{**dict(steps=5, batch=6, lr=1e-3, seed=0, prompt="auto", max_tokens=64, tokens_per_batch=512,
+                                     precision="fp32", save_every=2), **changes})
+
+
+def warm(tmp_path, name, policy_folder, vae, traces, resume=False, stop_after=None):
+    """A warm-up run in tmp_path/name; stop_after: die after that many optimizer steps, as a kill would."""
+    model, tokenizer = sft.load_policy(str(policy_folder))
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", 1)
+    run = Run(tmp_path / name, {"seed": 0}, ALONE, resume=resume)
+    original, count = sft.apply_gradients, [0]
+
+    def dying(*arguments, **options):
+        if count[0] == stop_after:
+            raise KeyboardInterrupt
+        count[0] += 1
+        return original(*arguments, **options)
+
+    sft.apply_gradients = dying
+    try:
+        warmup(model, tokenizer, traces, palette, run, warm_args())
+    finally:
+        sft.apply_gradients = original
+    return model, [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                   for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, policy_folder, vae, traces, stop_after):
+    whole, metrics = warm(tmp_path, "whole", policy_folder, vae, traces)
+    with pytest.raises(KeyboardInterrupt):
+        warm(tmp_path, "torn", policy_folder, vae, traces, stop_after=stop_after)
+    resumed, resumed_metrics = warm(tmp_path, "torn", policy_folder, vae, traces, resume=True)
+    assert resumed_metrics == metrics and len(metrics) == 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, policy_folder, vae, traces, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        warm(tmp_path, "torn", policy_folder, vae, traces, stop_after=4)
+    newest = sorted((tmp_path / "torn").glob("checkpoint-*"))[-1]
+    assert newest.name == "checkpoint-000004"
+    (newest / "optimizer.safetensors").write_bytes(b"torn")
+    resumed, metrics = warm(tmp_path, "torn", policy_folder, vae, traces, resume=True)
+    assert "checkpoint-000004 cannot be read" in capsys.readouterr().out
+    whole, expected = warm(tmp_path, "whole", policy_folder, vae, traces)
+    assert metrics == expected
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_run_folders_refuse_other_settings_and_unfinished_runs(tmp_path, model, tokenizer):
+    Run(tmp_path / "r", {"lr": 1.0}, ALONE)
+    with pytest.raises(ValueError, match="unfinished run: --resume"):
+        Run(tmp_path / "r", {"lr": 1.0}, ALONE)
+    with pytest.raises(ValueError, match=r"another lr \(was 1.0, now 2.0\)"):
+        Run(tmp_path / "r", {"lr": 2.0}, ALONE, resume=True)
+    run = Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
+    run.finish(model, tokenizer)
+    assert Run(tmp_path / "r", {"lr": 2.0}, ALONE).finished
+    loaded, _ = sft.load_policy(str(tmp_path / "r"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_save_that_fails_leaves_the_old_one_and_no_debris(tmp_path, model, tokenizer, monkeypatch):
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.save(1, model, tokenizer, [])
+    monkeypatch.setattr(sft, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        run.save(2, model, tokenizer, [])
+    assert [path.name for path in (tmp_path / "r").iterdir() if path.is_dir()] == ["checkpoint-000001"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path, model, tokenizer):
+    run = Run(tmp_path / "r", {}, ALONE, keep=2)
+    for step in (1, 2, 3):
+        run.save(step, model, tokenizer, [])
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_seeds_are_fixed_and_distinct():
+    assert seed_of(0, "rollout", 1, 2) == seed_of(0, "rollout", 1, 2) >= 0
+    assert len({seed_of(s, "rollout", a, b) for s in range(5) for a in range(20) for b in range(20)}) == 2000
+
+
+def test_tiny_documents_weigh_what_is_to_be_learnt():
+    table = torch.randn(len(TINY_VOCABULARY), 16)
+    ids, embeddings, weights = tiny_batch(0, 0, 16, 80, WORD_ID, table)
+    assert ids.shape == weights.shape == (16, 80) and embeddings.shape == (16, 80, 16)
+    assert torch.equal(ids, tiny_batch(0, 0, 16, 80, WORD_ID, table)[0])
+    assert not torch.equal(ids, tiny_batch(0, 1, 16, 80, WORD_ID, table)[0])
+    for row, weight in zip(ids.tolist(), weights.tolist()):
+        words = [TINY_VOCABULARY[i] for i in row]
+        inside = False
+        first = words.index(QUESTION)
+        for position, (word, value) in enumerate(zip(words, weight)):
+            if word == QUESTION:
+                assert position == first or value == 1.0    # that a question follows is learnt (after a title: either)
+                inside = True
+            elif inside:
+                assert value == 0.0, (word, position)       # question words and <a>
+                inside = word != ANSWER
+            elif position > first:
+                assert value == 1.0, (word, position)
+    changed = (embeddings != table[ids]).any(-1)
+    assert changed.any() and not changed[:, 8:].any()       # soft rows stand in titles only
+
+
+def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsys, monkeypatch):
+    whole = sft.pretrain(tmp_path / "whole", steps=4, batch=4, save_every=2)
+    original = sft.apply_gradients
+    calls = []
+    monkeypatch.setattr(sft, "apply_gradients", lambda *a: (calls.append(0), original(*a))[1] if len(calls) < 3 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sft.pretrain(tmp_path / "torn", steps=4, batch=4, save_every=2)
+    monkeypatch.setattr(sft, "apply_gradients", original)
+    torn = sft.pretrain(tmp_path / "torn", steps=4, batch=4, save_every=2, resume=True)
+    (a, tokenizer), (b, _) = (sft.load_policy(str(run.folder)) for run in (whole, torn))
+    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+    assert tokenizer.pad_token == PAD and a.generation_config.eos_token_id == WORD_ID[END]
+    assert "opens style math" in capsys.readouterr().out
+    assert len((whole.folder / "traces.jsonl").read_text().splitlines()) == 3000
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--steps", "0"], "--steps must be at least 1, not 0"), (["--batch", "-3"], "--batch must be at least 1, not -3"),
+    (["--model", "some/model"], "--traces is needed"),
+])
+def test_bad_flags_end_with_one_sentence(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sft.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
