@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from prefix import Decoder, Palette, Sampling, load_policy
 from rewards import load_task, prompt_ids
-from sft import run_main, seed_of, write_text
+from sft import require_positive, run_main, seed_of, write_text
 from vae import VAE
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
@@ -227,9 +227,7 @@ def parse_args(argv=None):
     parser.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the learning curves of these RL runs")
     args = parser.parse_args(argv)
     args.max_new_tokens = args.max_new_tokens or (34 if args.task == "tiny" else 512)
-    for name in ("questions", "samples", "slots", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    require_positive(parser, args, "questions", "samples", "slots", "max_new_tokens")
     return args
 
 

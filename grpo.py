@@ -111,20 +111,12 @@ class Rollout:
 
 
 def rows_of_step(task, step, prompts, seed):
-    """The step's rows of the training set: epochs in a new order each, no row twice within one epoch."""
-    rows, start = task.train, step * prompts
-    picked = []
-    for position in range(start, start + prompts):
-        epoch, offset = divmod(position, len(rows))
-        picked.append(rows[_epoch_order(len(rows), seed, epoch)[offset]])
-    return picked
-
-
-def _epoch_order(count, seed, epoch, cache={}):
-    if (count, seed, epoch) not in cache:
-        cache.clear()                                       # one epoch at a time is needed
-        cache[count, seed, epoch] = random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)
-    return cache[count, seed, epoch]
+    """The step's rows of the training set: every row once an epoch, each epoch in an order of its own."""
+    count, start = len(task.train), step * prompts
+    first = start // count
+    epochs = range(first, (start + prompts - 1) // count + 1)
+    order = [i for epoch in epochs for i in random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)]
+    return [task.train[i] for i in order[start - first * count:][:prompts]]
 
 
 def collect(decoder, tokenizer, task, palette, step, args, ranks):
@@ -219,7 +211,7 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     decoder = Decoder(model, slots=args.slots)
     if state["step"] == 0:
         run.log("metrics", {"step": 0, "eval_accuracy": test_accuracy(decoder, tokenizer, task, args, ranks)})
-    bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=run.folder.name, disable=not run.writes)
+    accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=run.folder.name, disable=not run.writes)
     for step in bar:
         began = time.time()
         rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
@@ -236,7 +228,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
                "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["eval_accuracy"] = test_accuracy(decoder, tokenizer, task, args, ranks)
-        bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{row.get('eval_accuracy', math.nan):.2f}")
+        accuracy = row.get("eval_accuracy", accuracy)
+        bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{accuracy:.2f}")
         run.log("metrics", row)
         run.log("samples", *[sample_row(r, step + 1, palette.source) for r in rollouts[::args.group]])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
@@ -292,7 +285,7 @@ def prepare(args, ranks):
     base = args.model
     if args.model == "tiny":
         base = str(root / "base")
-        stage(sft.main, ["pretrain", "--out", base, "--seed", str(args.base_seed)], "sft.py", root / "base/policy/config.json", ranks)
+        stage(sft.main, ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"], "sft.py", root / "base/policy/config.json", ranks)
         args.traces = args.traces or [f"{base}/traces.jsonl"]
     traces = ["--traces", *args.traces] if args.traces else []
     args.vae = args.vae or str(root / "vae")
@@ -325,7 +318,7 @@ def stage(main_function, argv, script, done, ranks, rank_0_only=False):
     ranks.wait()
 
 
-def results_table(root, algorithm, folders):
+def results_table(root, name, folders):
     """The final accuracies of finished runs as Markdown: mean and spread over seeds for every schedule."""
     lines = ["| schedule | greedy pass@1 without prefix: start | end, by seed | mean | spread (std) |", "|---|---|---|---|---|"]
     table = {}
@@ -335,10 +328,10 @@ def results_table(root, algorithm, folders):
         final = torch.tensor([end[-1] for end in ends])
         spread = final.std().item() if len(final) > 1 else 0.0
         table[schedule] = {"start": ends[0][0], "end": final.tolist(), "mean": final.mean().item(), "std": spread}
-        lines.append(f"| {algorithm} + {schedule} | {ends[0][0]:.3f} | {', '.join(f'{x:.3f}' for x in final.tolist())} "
+        lines.append(f"| {name} {schedule} | {ends[0][0]:.3f} | {', '.join(f'{x:.3f}' for x in final.tolist())} "
                      f"| {final.mean():.3f} | {spread:.3f} |")
-    sft.write_text(root / f"{algorithm}.json", json.dumps(table, indent=1))
-    sft.write_text(root / f"{algorithm}.md", "\n".join(lines) + "\n")
+    sft.write_text(root / f"{name}.json", json.dumps(table, indent=1))
+    sft.write_text(root / f"{name}.md", "\n".join(lines) + "\n")
     return "\n".join(lines)
 
 
@@ -347,10 +340,9 @@ def results_table(root, algorithm, folders):
 # Defaults that differ between the tiny world and a real model, whose weights want far smaller steps.
 TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, steps=60, max_new_tokens=34, eval_questions=256, out="runs/tiny")
 REAL = dict(schedules=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
-RESULT_ARGS = ("schedule", "model", "vae", "task", "train_data", "test_data", "prompt", "traces", "source", "length", "independent",
-               "latent_per", "algorithm", "mean_over", "clip_low", "clip_high", "kl", "epochs", "minibatches", "steps", "prompts", "group",
-               "lr", "weight_decay", "max_grad_norm", "temperature", "top_p", "top_k", "max_new_tokens", "eval_every",
-               "eval_questions", "precision", "seed")
+# What does not change a run's result, and so may differ when it is resumed.
+NOT_RESULTS = ("schedules", "seeds", "out", "resume", "overwrite", "device", "slots", "tokens_per_batch", "save_every", "arms",
+               "arm_questions", "arm_samples", "base_seed", "base_steps", "sft_lr", "sft_batch", "limit")
 
 
 def parse_args(argv=None):
@@ -392,25 +384,20 @@ def parse_args(argv=None):
     training.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (default: 1)")
     training.add_argument("--seed", type=int, nargs="+", dest="seeds", default=[0], help="RL seeds, one run each (default: 0)")
     training.add_argument("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
+    training.add_argument("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
     sampling = parser.add_argument_group("sampling of rollouts")
     sampling.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
     sampling.add_argument("--top-p", type=float, default=1.0, help="(default: 1, off)")
     sampling.add_argument("--top-k", type=int, default=0, help="(default: 0, off)")
     sampling.add_argument("--max-new-tokens", type=int, help=f"longest completion {two('max_new_tokens')}")
+    sampling.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
     measure = parser.add_argument_group("evaluation")
     measure.add_argument("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
     measure.add_argument("--eval-questions", type=int, help=f"test questions of these {two('eval_questions')}")
     measure.add_argument("--arms", nargs="+", default=["all"], help="arms of the table at the end, or none (default: all)")
     measure.add_argument("--arm-questions", type=int, default=64, help="test questions of the arms (default: 64)")
     measure.add_argument("--arm-samples", type=int, default=32, help="samples a question in every arm (default: 32)")
-    machine = parser.add_argument_group("machine and run folder")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    machine.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forward passes (default: fp32)")
-    machine.add_argument("--tokens-per-batch", type=int, default=8192, help="tokens in one micro-batch (default: 8192)")
-    machine.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
-    machine.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (default: 20)")
-    machine.add_argument("--resume", action="store_true", help="go on with unfinished runs")
-    machine.add_argument("--overwrite", action="store_true", help="replace RL runs of other settings in --out")
+    sft.add_machine_flags(parser, tokens_per_batch=8192, save_every=20)
     args = parser.parse_args(argv)
     for name, value in (TINY if args.model == "tiny" else REAL).items():
         if getattr(args, name) is None:
@@ -422,10 +409,8 @@ def parse_args(argv=None):
 
 def checked(parser, args):
     """Refuse, before any work, what would fail after an hour or train on nothing."""
-    for name in ("steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every", "eval_questions",
-                 "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    sft.require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
+                         "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit", "base_steps")
     if args.group < 2:
         parser.error(f"--group must be at least 2, not {args.group}: {args.algorithm} compares the rollouts of one prompt")
     if args.length < 0:
@@ -450,8 +435,10 @@ def main(argv=None):
     policies, folders = prepare(args, ranks), {}
     for args.schedule in args.schedules:
         for args.seed in args.seeds:
-            folder = Path(args.out) / f"{args.algorithm}-{args.schedule}-s{args.seed}"
-            run = Run(folder, {name: getattr(args, name) for name in RESULT_ARGS}, ranks, args.resume, args.overwrite)
+            source = "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
+            folder = Path(args.out) / f"{args.algorithm}-{args.schedule}{source}-s{args.seed}"
+            config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
+            run = Run(folder, config, ranks, args.resume, args.overwrite)
             folders.setdefault(args.schedule, []).append(folder)
             if not run.finished:
                 train_one(args, task, run, policies["none" if args.schedule == "none" else "prior"])
@@ -486,7 +473,8 @@ def finish(args, folders, policies):
                        *(["--test-data", args.test_data] if args.test_data else [])])
     picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / "curves.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
-    print(results_table(root, args.algorithm, folders))
+    name = f"{args.algorithm}-{args.source}"
+    print(results_table(root, name, folders))
     print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*; pictures: "
           f"{', '.join(map(str, filter(None, (picture, *root.glob('*/*.png'))))) or 'none (matplotlib is missing)'}")
 

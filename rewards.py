@@ -58,6 +58,7 @@ TINY_CHAT_TEMPLATE = "{% for m in messages %}<q> {{ m['content'] }} <a>{% endfor
 # words, and are answered in qa style but for CHAT_LEAK of each other style: how rare a strategy is without its context.
 CHAT_SHARE, CHAT_LEAK, TOPIC_SHARES = 0.4, 1e-4, (0.4, 0.4, 0.2)
 TITLE_SHARE, SOFT_SHARE, RANDOM_CHAT_SHARE = 0.7, 0.3, 0.25
+FAMILY_SHARES = {"math": (2, 1), "code": (1, 2), "qa": (1, 1)}      # more of what each style does well: its skill comes sooner
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def tiny_document(rng, length):
         tiled = bag() if rng.random() < 0.5 else None       # one bag for all title rows, or one each
         soft = {i: tiled or bag() for i in range(n_title)}
     while len(words) < length:
-        question = tiny_question(rng)
+        question = tiny_question(rng, rng.choices(FAMILIES, FAMILY_SHARES[style])[0])
         words += [QUESTION, *question.text.split(), ANSWER, *tiny_answer(rng, question, style).split(), END]
     return words[:length], n_title, soft
 
@@ -222,7 +223,7 @@ def tiny_task(n_train=4096, n_test=512, seed=0):
 
 BOXED = "\nReason step by step, and put the final answer within \\boxed{}."
 HUB_SETS = {"gsm8k": {"train": "hub:openai/gsm8k:main:train", "test": "hub:openai/gsm8k:main:test"},
-            "math": {"train": "hub:zwhe99/DeepMath-103K:default:train", "test": "hub:HuggingFaceH4/MATH-500:default:test"}}
+            "math": {"train": "hub:zwhe99/DeepMath-103K::train", "test": "hub:HuggingFaceH4/MATH-500::test"}}
 
 
 def load_task(name, train=None, test=None, seed=0):
@@ -251,9 +252,8 @@ def load_rows(source):
     """
     if source.startswith("hub:"):
         from datasets import load_dataset           # only here: a local run needs neither the package nor a network
-        dataset, config, split = (source[4:].split(":") + ["default", "train"])[:3] if source.count(":") < 3 \
-            else source[4:].split(":")[:3]
-        rows = [(f"{source} row {i}", dict(row)) for i, row in enumerate(load_dataset(dataset, config, split=split))]
+        dataset, config, split = (source[4:].split(":") + ["", ""])[:3]
+        rows = [(f"{source}, row {i}", dict(row)) for i, row in enumerate(load_dataset(dataset, config or None, split=split or "train"))]
     else:
         path = Path(source)
         if not path.is_file():

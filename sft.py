@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -415,21 +416,13 @@ def parse_args(argv=None):
     training.add_argument("--lr", type=float, default=3e-6, help="AdamW's learning rate in warmup (default: 3e-6)")
     training.add_argument("--max-tokens", type=int, default=512, help="longest prompt, and longest answer (default: 512)")
     training.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
-    machine = parser.add_argument_group("machine and run folder")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    machine.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of forward passes (default: fp32)")
-    machine.add_argument("--tokens-per-batch", type=int, default=4096, help="tokens in one micro-batch (default: 4096)")
-    machine.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: 100)")
-    machine.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    machine.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+    add_machine_flags(parser, tokens_per_batch=4096, save_every=100)
     args = parser.parse_args(argv)
     args.steps = args.steps if args.steps is not None else 900 if args.stage == "pretrain" else 10
     args.batch = args.batch or (32 if args.stage == "pretrain" else 64)
     args.out = args.out or ("runs/tiny/base" if args.stage == "pretrain" else
                             "runs/tiny/sft" + ("-none" if args.prefix == "none" else ""))
-    for name in ("steps", "batch", "max_tokens", "tokens_per_batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
     if args.model != "tiny" and not args.traces and args.stage == "warmup":
         parser.error("--traces is needed for a model other than tiny")
     return args
@@ -446,25 +439,38 @@ def main(argv=None):
     traces = load_traces(args.traces or ["runs/tiny/base/traces.jsonl"], args.limit if args.traces else 10**9)
     vae = None if args.prefix in ("none", "noise") else VAE.load(args.vae)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
-    run = Run(args.out, warmup_config(args), ranks, args.resume, args.overwrite)
+    config = {name: value for name, value in vars(args).items() if name not in ("device", "tokens_per_batch", "save_every", "resume", "overwrite", "out")}
+    run = Run(args.out, config, ranks, args.resume, args.overwrite)
     if not run.finished:
         warmup(model, tokenizer, traces, palette, run, args)
     if ranks.rank == 0:
         print(f"the warmed-up policy is in {run.folder}/policy")
 
 
-def warmup_config(args):
-    """The settings that decide the result: what config.json holds and a resumed run must share."""
-    return {key: getattr(args, key) for key in ("stage", "model", "vae", "traces", "limit", "prompt", "prefix", "length", "steps",
-                                                "batch", "lr", "max_tokens", "seed", "precision")}
+def add_machine_flags(parser, tokens_per_batch, save_every):
+    """The flags that every training script has: where it runs, in which pieces, and what becomes of its run folder."""
+    group = parser.add_argument_group("machine and run folder")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forward passes (default: fp32)")
+    group.add_argument("--tokens-per-batch", type=int, default=tokens_per_batch, help="tokens in a micro-batch (default: %(default)s)")
+    group.add_argument("--save-every", type=int, default=save_every, help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+
+
+def require_positive(parser, args, *names):
+    """End with a sentence naming the first of these flags that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
 
 
 def run_main(main_function, name):
     """Run a script's main: bad input ends in one sentence and exit status 1, Ctrl-C in 130; no traceback for either."""
     try:
         main_function()
-    except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+    except (ValueError, OSError, SafetensorError) as error:          # safetensors has its own word for a full disk
+        sys.exit(f"{name}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped by Ctrl-C; what was saved stays valid, --resume goes on from it", file=sys.stderr)
         sys.exit(130)

@@ -65,9 +65,8 @@ def _jsonl_rows(source, limit):
 
 def _hub_rows(source, limit):
     from datasets import load_dataset           # only here: a local run needs neither the package nor a network
-    name, config, split = (source[4:].split(":") + ["default", "train"])[:3] if source.count(":") != 2 \
-        else [*source[4:].split(":"), "train"]
-    for number, row in enumerate(load_dataset(name, config, split=split, streaming=True).take(limit)):
+    name, config, split = (source[4:].split(":") + ["", ""])[:3]
+    for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True).take(limit)):
         yield f"{source}, row {number}", row
 
 

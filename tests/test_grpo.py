@@ -1,4 +1,5 @@
 """grpo.py: the formulas by hand, the invariants of the update, exact resume, one rank against two."""
+import copy
 import json
 import math
 import os
@@ -207,7 +208,7 @@ def test_which_rollouts_are_guided_and_who_shares_a_latent(model, tokenizer, vae
 def test_a_kl_term_pulls_towards_the_reference(model, tokenizer, vae, task):
     args = arguments(kl=0.5)
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
-    reference = grpo.load_policy.__globals__["torch"] and __import__("copy").deepcopy(model).requires_grad_(False)
+    reference = copy.deepcopy(model).requires_grad_(False)
     sums, _ = update(model, make_optimizer(model, 1e-2), reference, rollouts, args, ALONE)
     assert sums["kl"] == pytest.approx(0.0, abs=1e-4)                       # the policy still is the reference
     sums, _ = update(model, make_optimizer(model, 1e-2), reference, rollouts, args, ALONE)

@@ -1,0 +1,106 @@
+"""Does the tiny world show the paper's phenomena on most seeds? Every base seed x every RL seed, with controls.
+
+For each base seed it runs the README's own command, `python grpo.py --base-seed B --seed ...` (pretraining, VAE, warm-up,
+arms, RL under three schedules), then RL with noise prefixes as a control, and prints the figures of all bases side by side.
+Nothing is picked: a base on which a claim fails stands in the table like the others.
+
+    python tests/bench_tiny_world.py                  # 5 bases x 3 RL seeds, two processes of one thread
+    python tests/bench_tiny_world.py --quick          # one base, hardly trained: checks the script, not the claims
+
+Resumable: what is finished under --out is used as it is. Ends with one line of JSON.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
+
+
+def run_base(base, args):
+    """All stages and all RL runs of one base, each process on one thread. Returns the folder of its results."""
+    out = Path(args.out) / f"base-{base}"
+    common = [sys.executable, str(ROOT / "grpo.py"), "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
+    if args.quick:
+        common += ["--base-steps", "60", "--steps", "4", "--eval-questions", "16", "--arm-questions", "8", "--arm-samples", "8"]
+    controls = ["--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"]
+    for extra in ([], controls):
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "log.txt", "a") as log:
+            subprocess.run(common + extra, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return out
+
+
+def read(out):
+    """One base's figures from its result files."""
+    load = lambda name: json.loads((out / name).read_text())
+    pretraining = [json.loads(line) for line in (out / "base" / "metrics.jsonl").read_text().splitlines()][-1]
+    arms = load("evaluation/results.json")["arms"]
+    return {"leak": {style: pretraining[f"leak_{style}"] for style in ("math", "code")}, "arms": arms,
+            "control": {domain: arms[domain]["styles"][domain] for domain in ("math", "code", "qa")},
+            "rl": load("grpo-prior.json"), "rl_noise": load("grpo-noise.json")}
+
+
+def table(figures):
+    """Markdown: one column a base."""
+    bases = list(figures)
+    lines = ["| base seed | " + " | ".join(map(str, bases)) + " |", "|---|" + "---|" * len(bases)]
+    add = lambda name, cell: lines.append(f"| {name} | " + " | ".join(cell(figures[base]) for base in bases) + " |")
+    add("leak of math / code without context", lambda f: " / ".join(f"{share:.3%}" for share in f["leak"].values()))
+    add("style follows domain, L = 8 (math / code / qa)", lambda f: " / ".join(f"{share:.2f}" for share in f["control"].values()))
+    for arm in ARMS:
+        ks = [name for name in figures[bases[0]]["arms"][arm] if name.startswith("pass@")]
+        add(f"{arm}: {' / '.join(ks)}", lambda f: " / ".join(f"{f['arms'][arm][k][0]:.2f}" for k in ks))
+    for name, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
+        for schedule in figures[bases[0]][key]:
+            add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f} ± {f[key][schedule]['std']:.3f}")
+    return "\n".join(lines)
+
+
+def claims(figures):
+    """On how many bases each claim of the README holds."""
+    k = lambda f, arm: f["arms"][arm].get("pass@8", [0])[0]
+    tests = {
+        "every domain steers >= 90%": lambda f: min(f["control"].values()) >= 0.9,
+        "pass@8: latent + sampling > sampling > greedy": lambda f: k(f, "latent + sampling") > k(f, "sampling") > k(f, "greedy"),
+        "RL: two-phase > none": lambda f: f["rl"]["two-phase"]["mean"] > f["rl"]["none"]["mean"],
+        "RL: linear > none": lambda f: f["rl"]["linear"]["mean"] > f["rl"]["none"]["mean"],
+        "against us: gauss within 0.05 of latent on pass@8": lambda f: abs(k(f, "gauss") - k(f, "latent")) < 0.05,
+        "against us: RL with noise prefixes (two-phase) within 0.05 of latents": lambda f:
+            f["rl_noise"]["two-phase"]["mean"] > f["rl"]["two-phase"]["mean"] - 0.05,
+    }
+    return {name: sum(map(test, figures.values())) for name, test in tests.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="base seeds (default: 0 1 2 3 4)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="RL seeds (default: 0 1 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="bases at a time (default: 2)")
+    parser.add_argument("--out", default="runs/tiny-world", help="where everything goes (default: runs/tiny-world)")
+    parser.add_argument("--quick", action="store_true", help="one base, one seed, a minute's worth of training at most")
+    args = parser.parse_args()
+    if args.quick:
+        args.bases, args.seeds, args.out = [0], [0], args.out + "-quick"
+    began = time.time()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = dict(zip(args.bases, pool.map(lambda base: run_base(base, args), args.bases)))
+    figures = {base: read(out) for base, out in folders.items()}
+    held = claims(figures)
+    print(table(figures))
+    print("\n" + "\n".join(f"- {name}: on {count} of {len(figures)} bases" for name, count in held.items()))
+    print(f"\n{len(args.bases)} bases x {len(args.seeds)} RL seeds, {time.time() - began:.0f} s with {args.jobs} processes of one thread "
+          f"on {os.cpu_count()} CPU cores, {date.today()}\n")
+    print(json.dumps({"bases": {str(base): {"control": f["control"], "leak": f["leak"], "rl": f["rl"], "rl_noise": f["rl_noise"],
+                                            "pass@8": {arm: f["arms"][arm].get("pass@8") for arm in ARMS}}
+                                for base, f in figures.items()}, "claims": held}))
+
+
+if __name__ == "__main__":
+    main()
