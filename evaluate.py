@@ -8,7 +8,8 @@ Departs from the paper: it evaluates each arm on its own benchmark and model; he
 policy and the same number of samples, and the standard error over questions stands beside each figure.
 
 Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out):
-    python evaluate.py                                               # the warmed-up tiny model of `python grpo.py`
+    python evaluate.py                                               # the tiny base model (made where it is missing)
+    python evaluate.py --model runs/tiny/sft                         # the same after the warm-up of `python grpo.py`
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k --questions 64 --samples 8
     python evaluate.py --curves runs/tiny/grpo-*                     # only draw the learning curves of runs
 """
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 from prefix import Decoder, Palette, Sampling, load_policy
 from rewards import load_task, prompt_ids
-from sft import require_positive, run_main, seed_of, write_text
-from vae import VAE
+from sft import seed_of, write_text
+from vae import find_model, find_vae, require_positive, run_main
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
 
@@ -66,6 +67,14 @@ def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, pro
              **task.judge(text, row["answer"], completion.finish), "finish": completion.finish, "tokens": len(completion.ids),
              **({"style": task.style(text)} if task.style else {})}
             for (row, s), completion, text in zip(jobs, completions, texts)]
+
+
+def greedy_accuracy(decoder, tokenizer, task, args, ranks):
+    """Greedy pass@1 without prefix on the first --eval-questions test rows, over all ranks: grpo.py's progress evaluation."""
+    rows = ranks.own(task.test[:args.eval_questions])
+    samples = answer(decoder, tokenizer, task, rows, None, Sampling(0.0, max_new_tokens=args.max_new_tokens), 1, 0, args.prompt)
+    right, count = ranks.total([sum(sample["accuracy"] for sample in samples), len(samples)])
+    return right / max(count, 1)
 
 
 def arms_of(names, domains, temperature):
@@ -132,6 +141,23 @@ def markdown(figures, ks):
     return "\n".join(lines)
 
 
+def rl_table(root, name, folders):
+    """The final accuracies of finished runs as Markdown: mean and spread over seeds for every schedule."""
+    lines = ["| schedule | greedy pass@1 without prefix: start | end, by seed | mean | spread (std) |", "|---|---|---|---|---|"]
+    table = {}
+    for schedule, paths in folders.items():
+        curves = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in paths]
+        ends = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
+        final = torch.tensor([end[-1] for end in ends])
+        spread = final.std().item() if len(final) > 1 else 0.0
+        table[schedule] = {"start": ends[0][0], "end": final.tolist(), "mean": final.mean().item(), "std": spread}
+        lines.append(f"| {name} {schedule} | {ends[0][0]:.3f} | {', '.join(f'{x:.3f}' for x in final.tolist())} "
+                     f"| {final.mean():.3f} | {spread:.3f} |")
+    write_text(root / f"{name}.json", json.dumps(table, indent=1))
+    write_text(root / f"{name}.md", "\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
 def hardware():
     """One line on what the figures were measured on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
@@ -165,6 +191,7 @@ def draw_pass_at_k(results, path):
         axis.plot(ks, [figures[f"pass@{k}"][0] for k in ks], "--" if name in dashed else "-", marker="o" if most > 1 else None,
                   markersize=3, label=name)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
     axis.set(xlabel="k (samples a question)", ylabel="pass@k", ylim=(0, 1.02))
     axis.legend(fontsize=8, ncols=2)
     axis.grid(alpha=0.3)
@@ -174,8 +201,10 @@ def draw_pass_at_k(results, path):
 
 
 def draw_curves(folders, path):
-    """Learning curves of RL runs: reward of guided and unguided rollouts, and greedy accuracy without prefix. One colour for
-    each schedule (the folder's name up to its seed)."""
+    """Learning curves of RL runs: reward of guided and unguided rollouts (running mean of 5 steps), and greedy accuracy without
+
+    prefix. One colour for each schedule (the folder's name up to its seed), one line a seed.
+    """
     plt = pyplot()
     if plt is None:
         return None
@@ -188,6 +217,8 @@ def draw_curves(folders, path):
         label = Path(folder).name.rsplit("-s", 1)[0]
         for axis, name in zip(axes, titles):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if name != "eval_accuracy":                     # 64 rollouts a step are noisy
+                points = [(step, sum(y for _, y in points[max(0, i - 4):i + 1]) / min(i + 1, 5)) for i, (step, _) in enumerate(points)]
             axis.plot(*zip(*points) if points else ([], []), color=f"C{labels.index(label)}", alpha=0.8,
                       label=label if label not in axis.get_legend_handles_labels()[1] else None)
     for axis, title in zip(axes, titles.values()):
@@ -204,7 +235,7 @@ def draw_curves(folders, path):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="runs/tiny/sft", help="hub name, folder or run folder (default: runs/tiny/sft)")
+    data.add_argument("--model", default="tiny", help="hub name, folder, run folder or tiny (default: tiny)")
     data.add_argument("--vae", default="runs/tiny/vae", help="VAE folder, or none (default: runs/tiny/vae)")
     data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for --test-data (default: tiny)")
     data.add_argument("--test-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
@@ -237,7 +268,8 @@ def main(argv=None):
         print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))
         return
     task = load_task(args.task, test=args.test_data)
-    vae = None if args.vae == "none" else VAE.load(args.vae)
+    args.model = find_model(args.model)
+    vae = None if args.vae == "none" else find_vae(args.vae, args.model)
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_policy(args.model, device, getattr(torch, args.dtype))
     out = Path(args.out)

@@ -19,7 +19,6 @@ Run it (the first command builds all that is missing: base model, VAE, warm-up):
     torchrun --nproc_per_node=4 grpo.py --model ...         # the same on four GPUs: each rolls out its own prompts
 """
 import argparse
-import json
 import math
 import random
 import time
@@ -34,7 +33,8 @@ import sft
 import vae as vae_stage
 from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, micro_batches
 from rewards import load_task, prompt_ids
-from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, run_main, seed_of
+from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, seed_of
+from vae import require_positive, run_main
 
 # ---- the schedule and the share of guided rollouts (Eq. 12) -------------------------------------------------------------
 
@@ -130,21 +130,17 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
     latent_seeds = [seed_of(args.seed, "latent", step, p, g if args.latent_per == "rollout" else 0) for p, g, _ in jobs]
     prefixes, latents = palette.draw(latent_seeds)
     prefixes = [prefix if guided else None for prefix, (_, _, guided) in zip(prefixes, jobs)]
-    ids = {p: checked_prompt(asked[p]["question"], tokenizer, task, args) for p, _, _ in jobs}
+    ids = {p: prompt_ids(asked[p]["question"], tokenizer, task.instruction, args.prompt) for p, _, _ in jobs}
+    longest = max(ids.values(), key=len)
+    if len(longest) > args.max_prompt:
+        raise ValueError(f"a prompt of {len(longest)} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
+                         f"that reads {tokenizer.decode(longest)[:80]!r}")
     completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, sampling_of(args),
                                    [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     return [Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text,
                     task.judge(text, asked[p]["answer"], c.finish))
             for (p, _, guided), prefix, latent, c, text in zip(jobs, prefixes, latents, completions, texts)]
-
-
-def checked_prompt(question, tokenizer, task, args):
-    ids = prompt_ids(question, tokenizer, task.instruction, args.prompt)
-    if len(ids) > args.max_prompt:
-        raise ValueError(f"a prompt of {len(ids)} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
-                         f"{question[:60]!r}...")
-    return ids
 
 
 def sampling_of(args):
@@ -189,7 +185,7 @@ def update(model, optimizer, reference, rollouts, args, ranks):
         loss.backward()
         for name, value in {**statistics, "loss": loss.item(), "tokens": len(old)}.items():
             sums[name] += value
-    return sums, apply_gradients(model, [optimizer], ranks, args.max_grad_norm)
+    return sums, apply_gradients(model, [optimizer], ranks)
 
 
 def set_advantages(rollouts, args):
@@ -206,11 +202,11 @@ def set_advantages(rollouts, args):
 
 def train(model, tokenizer, task, palette, run, args, reference=None):
     """The RL loop: roll out, score, update; every --eval-every steps a greedy evaluation *without* prefix."""
-    ranks, optimizer = run.ranks, make_optimizer(model, args.lr, args.weight_decay)
+    ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     state = run.restore(model, [optimizer])
     decoder = Decoder(model, slots=args.slots)
     if state["step"] == 0:
-        run.log("metrics", {"step": 0, "eval_accuracy": test_accuracy(decoder, tokenizer, task, args, ranks)})
+        run.log("metrics", {"step": 0, "eval_accuracy": evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)})
     accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=run.folder.name, disable=not run.writes)
     for step in bar:
         began = time.time()
@@ -227,7 +223,7 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         row = {"step": step + 1, "rho": SCHEDULES[args.schedule](step / args.steps), **row,
                "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["eval_accuracy"] = test_accuracy(decoder, tokenizer, task, args, ranks)
+            row["eval_accuracy"] = evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
         accuracy = row.get("eval_accuracy", accuracy)
         bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{accuracy:.2f}")
         run.log("metrics", row)
@@ -262,19 +258,9 @@ def summary(rollouts, steps, groups, silent, ranks):
 
 def sample_row(rollout, step, source):
     """What samples.jsonl keeps of a rollout: enough to read it, and to rebuild its prefix."""
-    latent = None if rollout.latent is None else [[round(x, 4) for x in row] for row in rollout.latent.tolist()]
-    return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text,
-            **rollout.rewards, "advantage": rollout.advantage, "finish": rollout.finish,
-            "prefix": source if rollout.guided else "none", "latent": latent}
-
-
-def test_accuracy(decoder, tokenizer, task, args, ranks):
-    """Greedy pass@1 without prefix on the first --eval-questions test rows (the paper evaluates without prefix)."""
-    rows = ranks.own(task.test[:args.eval_questions])
-    samples = evaluate.answer(decoder, tokenizer, task, rows, None, Sampling(0.0, max_new_tokens=args.max_new_tokens),
-                              1, 0, args.prompt)
-    right, count = ranks.total([sum(sample["accuracy"] for sample in samples), len(samples)])
-    return right / max(count, 1)
+    return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text, **rollout.rewards,
+            "advantage": rollout.advantage, "finish": rollout.finish, "prefix": source if rollout.guided else "none",
+            "latent": rollout.latent.tolist() if rollout.latent is not None else None}
 
 
 # ---- the stages before it, and the table after it -----------------------------------------------------------------------
@@ -316,23 +302,6 @@ def stage(main_function, argv, script, done, ranks, rank_0_only=False):
     if ranks.rank == 0 or not rank_0_only:
         main_function(argv)
     ranks.wait()
-
-
-def results_table(root, name, folders):
-    """The final accuracies of finished runs as Markdown: mean and spread over seeds for every schedule."""
-    lines = ["| schedule | greedy pass@1 without prefix: start | end, by seed | mean | spread (std) |", "|---|---|---|---|---|"]
-    table = {}
-    for schedule, paths in folders.items():
-        curves = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in paths]
-        ends = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
-        final = torch.tensor([end[-1] for end in ends])
-        spread = final.std().item() if len(final) > 1 else 0.0
-        table[schedule] = {"start": ends[0][0], "end": final.tolist(), "mean": final.mean().item(), "std": spread}
-        lines.append(f"| {name} {schedule} | {ends[0][0]:.3f} | {', '.join(f'{x:.3f}' for x in final.tolist())} "
-                     f"| {final.mean():.3f} | {spread:.3f} |")
-    sft.write_text(root / f"{name}.json", json.dumps(table, indent=1))
-    sft.write_text(root / f"{name}.md", "\n".join(lines) + "\n")
-    return "\n".join(lines)
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -380,8 +349,6 @@ def parse_args(argv=None):
     training.add_argument("--lr", type=float, help=f"AdamW's learning rate {two('lr')}")
     training.add_argument("--sft-lr", type=float, help=f"of the warm-up {two('sft_lr')}")
     training.add_argument("--sft-batch", type=int, default=64, help="rows per warm-up update (default: 64)")
-    training.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's weight decay (default: 0)")
-    training.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to it (default: 1)")
     training.add_argument("--seed", type=int, nargs="+", dest="seeds", default=[0], help="RL seeds, one run each (default: 0)")
     training.add_argument("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
     training.add_argument("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
@@ -409,8 +376,8 @@ def parse_args(argv=None):
 
 def checked(parser, args):
     """Refuse, before any work, what would fail after an hour or train on nothing."""
-    sft.require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
-                         "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit", "base_steps")
+    require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
+                     "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit", "base_steps")
     if args.group < 2:
         parser.error(f"--group must be at least 2, not {args.group}: {args.algorithm} compares the rollouts of one prompt")
     if args.length < 0:
@@ -474,7 +441,7 @@ def finish(args, folders, policies):
     picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / "curves.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
     name = f"{args.algorithm}-{args.source}"
-    print(results_table(root, name, folders))
+    print(evaluate.rl_table(root, name, folders))
     print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*; pictures: "
           f"{', '.join(map(str, filter(None, (picture, *root.glob('*/*.png'))))) or 'none (matplotlib is missing)'}")
 

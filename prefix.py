@@ -17,15 +17,14 @@ Run it (greedy answers of one question under several latents):
 """
 import argparse
 import math
-from collections import deque
+from collections import deque, namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from vae import VAE, find_model
+from rewards import prompt_ids
+from vae import find_model, find_vae, run_main
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. The palette: where prefixes come from
@@ -39,6 +38,8 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     name: hub name, folder or "tiny". Raises ValueError in one sentence if there is no such model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()              # loading a shard needs no bar of its own
     name = find_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -93,14 +94,14 @@ class Palette:
         elif self.source == "gauss":
             rows = self.vae.mean + randn(draws, len(self.vae.gauss_factor)) @ self.vae.gauss_factor    # [draws, d]
         else:
-            z = self.z.view(-1, self.vae.settings["latent"]) if self.z is not None else self._latents(randn, draws, generator)
+            z = self.z.view(-1, self.vae.latent) if self.z is not None else self._latents(randn, draws, generator)
             rows = self.vae.decode(z)                                                           # [draws, d]
         if rows.shape[0] not in (1, self.length):
             raise ValueError(f"a fixed z must have 1 or L = {self.length} rows, not {rows.shape[0]}")
         return rows.expand(self.length, -1).to(self.device), z                                  # [L, d], [draws, k]
 
     def _latents(self, randn, draws, generator):
-        z = randn(draws, self.vae.settings["latent"])                                           # [draws, k]
+        z = randn(draws, self.vae.latent)                                           # [draws, k]
         if self.source == "prior":
             return z
         domain = int(torch.randint(len(self.vae.domains), (), generator=generator)) if self.source == "mixture" \
@@ -109,464 +110,392 @@ class Palette:
 
 
 FAMILIES = ("qwen3", "qwen2", "llama")
-DROPPED = -1e30  # logit of a filtered token: exp gives exactly 0, and unlike -inf, 0 * DROPPED is not NaN (entropy)
+DROPPED = -1e30  # the logit of a filtered token: its exp is exactly 0 and, unlike with -inf, 0 * DROPPED is not NaN
+CHUNK = 2 ** 25  # logits that training makes at a time: 128 MB in fp32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Filters apply after the temperature, in transformers' order: top-k, top-p, min-p."""
-    temperature: float = 1.0  # 0: greedy, filters are then ignored
-    top_p: float = 1.0  # keep the likeliest tokens until their probability reaches top_p; 1: off
-    top_k: int = 0  # keep the top_k likeliest tokens; 0: off
-    min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest; 0: off
+    """How tokens are drawn: the temperature (0: greedy, unfiltered), then the filters top-k, top-p and min-p."""
+    temperature: float = 1.0
+    top_p: float = 1.0  # keep the likeliest tokens until they sum to top_p
+    top_k: int = 0  # keep the top_k likeliest; 0: all
+    min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest
     max_new_tokens: int = 256
 
     def __post_init__(self):
-        for name, good, want in (("temperature", self.temperature >= 0, "0 (greedy) or more"),
-                                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-                                 ("top_k", self.top_k >= 0, "0 (off) or more"),
-                                 ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-                                 ("max_new_tokens", self.max_new_tokens >= 1, "1 or more")):
-            if not good:
-                raise ValueError(f"sampling: {name} is {getattr(self, name)}, but must be {want}.")
+        if not (self.temperature >= 0 < self.top_p <= 1 and self.top_k >= 0 <= self.min_p <= 1 <= self.max_new_tokens):
+            raise ValueError(f"{self} is out of range: it needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, "
+                             "0 <= min_p <= 1 and max_new_tokens >= 1.")
 
 
 @dataclass
 class Completion:
-    ids: list[int]  # the end token included, when one was produced
-    logprobs: list[float]  # of each id, under exactly the distribution it was drawn from (greedy: at temperature 1)
+    ids: list[int]  # with the end token, when one was produced
+    logprobs: list[float]  # under exactly the distribution each id was drawn from; greedy: at temperature 1
     finish: str  # "stop": an end token; "length": max_new_tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-def mix(z):
-    """The splitmix64 finaliser (Steele et al. 2014) on int64 tensors: multiplication wraps, >> is masked to be unsigned."""
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
-    return z ^ (z >> 31 & (1 << 33) - 1)
-
-
 def uniform(seed, index):
-    """Uniform numbers in [0, 1) by hashing int64 tensors seed and index (broadcast): no state, so no order to depend on."""
-    bits = mix(mix(seed) + index * (0x9E3779B97F4A7C15 - (1 << 64)))
-    # 23 bits, not 24: then u * total < total holds in fp32 even where total is a rounding error above 1.
-    return (bits & (1 << 23) - 1).float() * 2.0 ** -23
+    """Uniform numbers in [0, 1) from int64 tensors seed and index (broadcast): splitmix64 (Steele 2014), twice."""
+    z = seed
+    for offset in (0, index * (0x9E3779B97F4A7C15 - 2 ** 64)):  # int64 products wrap around
+        z = z + offset
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2 ** 64), (27, 0x94D049BB133111EB - 2 ** 64), (31, 1)):
+            z = (z ^ (z >> shift & 2 ** (64 - shift) - 1)) * factor  # the mask makes the shift unsigned
+    return (z & 2 ** 23 - 1).float() * 2.0 ** -23  # not 24 bits: in fp32, u * total < total even if total exceeds 1
 
 
 def shape_logits(logits, sampling, chosen=None):
-    """Logits [N, V] -> fp32 logits [N, V] of the distribution that is sampled; dropped tokens get DROPPED.
+    """Logits [N, V] -> fp32 logits [N, V] of the distribution that is sampled; filtered tokens get DROPPED.
 
-    chosen [N]: tokens that were sampled, kept even if rounding moved them across a filter's border since.
+    chosen [N]: the tokens that were sampled; they are kept, even if rounding has moved them across a filter's border.
     """
-    z = logits.float()
-    if sampling.temperature == 0:
+    z = logits.float() / (sampling.temperature or 1)
+    if sampling.temperature == 0 or (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0):
         return z
-    if sampling.temperature != 1:
-        z = z / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return z
-    floor = torch.full_like(z[:, :1], DROPPED)  # [N, 1] the least logit that is kept
-    if sampling.top_k:
-        floor = z.topk(min(sampling.top_k, z.shape[1])).values[:, -1:]
-    if sampling.top_p < 1:
-        ranked = z.masked_fill(z < floor, DROPPED).sort(-1, descending=True).values
-        probs = ranked.softmax(-1)
-        kept = (probs.cumsum(-1) - probs < sampling.top_p).sum(-1, keepdim=True)  # [N, 1], at least 1
-        floor = ranked.gather(1, kept - 1)
-    if sampling.min_p:
-        floor = torch.maximum(floor, z.amax(-1, keepdim=True) + torch.tensor(sampling.min_p).log().item())
-    drop = z < floor
-    if chosen is not None:
-        drop.scatter_(1, chosen[:, None], False)
-    return z.masked_fill(drop, DROPPED)
+    ranked = z.topk(min(sampling.top_k or z.shape[1], z.shape[1])).values  # [N, k], falling
+    probs = ranked.softmax(-1)
+    kept = (probs.cumsum(-1) - probs < sampling.top_p) & (probs >= sampling.min_p * probs[:, :1])  # the first few
+    drop = z < ranked.gather(1, kept.sum(-1, keepdim=True) - 1)  # below the last one kept
+    return z.masked_fill(drop if chosen is None else drop.scatter(1, chosen[:, None], False), DROPPED)
 
 
 def sample(logits, u, sampling):
-    """Logits [N, V] and uniform numbers u [N] -> tokens [N], log-probs [N]; the inverse CDF, one number per row."""
+    """Logits [N, V], uniform numbers u [N] -> tokens [N], log-probs [N]: the inverse CDF, one number per row."""
     probs = shape_logits(logits, sampling).softmax(-1)
-    if sampling.temperature == 0:
-        token = logits.argmax(-1, keepdim=True)
-    else:
-        cdf = probs.cumsum(-1)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # [N, 1], the first with cdf > u
+    cdf = probs.cumsum(-1)
+    token = (logits.argmax(-1, keepdim=True) if sampling.temperature == 0 else
+             torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True))  # [N, 1], the first token with cdf > u
     return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows: what is scored or decoded
-
-def check_rows(model, prompts, prefixes):
-    """Refuse models and rows that would be read wrongly; prefixes come back as a list without empty ones."""
-    config = model.config
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"model type {config.model_type!r} is not served; the decoder reads {', '.join(FAMILIES)}.")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ValueError("this model has sliding-window layers, which are not served; use a model with full attention.")
-    if config.hidden_act != "silu" or model.model.rotary_emb.rope_type in ("dynamic", "longrope"):
-        raise ValueError(f"activation {config.hidden_act} with {model.model.rotary_emb.rope_type} positions is not served; "
-                         "use a model with silu and positions that do not change with the length.")
-    prefixes = [None] * len(prompts) if prefixes is None else [p if p is not None and len(p) else None for p in prefixes]
-    if len(prefixes) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(prefixes)} prefixes; give one (or None) per prompt.")
+def check_rows(model, prompts, prefixes, others):
+    """Refuse what would be read wrongly (others: the rows' seeds or completions); returns one [L, d] prefix per row."""
+    config, weight = model.config, model.get_input_embeddings().weight
+    rope = model.model.rotary_emb.rope_type if config.model_type in FAMILIES else "unknown"
+    if rope in ("unknown", "dynamic", "longrope") or config.hidden_act != "silu" or \
+            "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ValueError(f"this {config.model_type} model is not served: use one of {', '.join(FAMILIES)}, with silu, "
+                         "full attention and rotary positions that do not change with the length.")
+    prefixes = [None] * len(prompts) if prefixes is None else prefixes
+    if not len(prompts) == len(prefixes) == len(others):
+        raise ValueError(f"there are {len(prompts)} prompts, {len(prefixes)} prefixes and {len(others)} seeds or "
+                         "completions; give one of each per row.")
     for row, (prompt, prefix) in enumerate(zip(prompts, prefixes)):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} is empty; a row needs at least one token after its prefix.")
-        if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != config.hidden_size):
-            raise ValueError(f"prefix {row} has shape {list(prefix.shape)}; this model takes [L, {config.hidden_size}].")
-    return prefixes
+        if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != weight.shape[1]):
+            raise ValueError(f"prefix {row} has shape {list(prefix.shape)}; this model needs [L, {weight.shape[1]}].")
+    return [weight.new_zeros(0, weight.shape[1]) if prefix is None else prefix.to(weight) for prefix in prefixes]
 
 
-def embed_rows(embed, ids, prefixes):
-    """Token lists and their prefixes -> right-padded embeddings [B, T, d]."""
-    tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=embed.weight.device)
-    rows = embed(tokens).split([len(row) for row in ids])  # B x [len, d]
-    rows = [x if p is None else torch.cat([p.to(x), x]) for x, p in zip(rows, prefixes)]
-    return pad_sequence(rows, batch_first=True)
+def embed_rows(model, ids, prefixes):
+    """B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]."""
+    tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=model.device)
+    embedded = model.get_input_embeddings()(tokens).split([len(row) for row in ids])
+    return torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in zip(prefixes, embedded)], batch_first=True)
 
 
 def micro_batches(lengths, max_tokens):
-    """Split row numbers into groups of similar length, longest first, with rows x longest <= max_tokens in each.
-
-    A row longer than max_tokens forms its own group. micro_batches([3, 9, 4], 9) -> [[1], [2, 0]].
-    """
+    """Row numbers, longest first, grouped so that rows x longest <= max_tokens: [3, 9, 4], 9 -> [[1], [2, 0]]."""
     groups = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= max_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > max_tokens:
+            groups.append([])
+        groups[-1].append(row)
     return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding
-
-class Block(NamedTuple):
-    """One layer's packed weights. A pair is (matrix [in, out], bias [out] or None)."""
-    norm1: torch.Tensor  # [d]
-    qkv: tuple  # d -> (H + 2 KV) D
-    qk_norm: torch.Tensor | None  # [H + KV, D]
-    out: tuple  # H D -> d
-    norm2: torch.Tensor  # [d]
-    gate_up: tuple  # d -> 2 ffn
-    down: tuple  # ffn -> d
-
-
 def pack(*linears):
-    """Linears that read the same input -> one (matrix [in, out], bias) pair; a single one is not copied where avoidable."""
+    """Linear modules that read the same input -> one (matrix [in, out], bias [out] or None)."""
     weight = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])  # [out, in]
-    bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
-    # fp32 on CPU multiplies 1.1-2.4x faster with the input dimension first in memory
-    first = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return weight.T.contiguous() if first else weight.T, bias
+    # On CPU, fp32 products are 1.1-2.4 times faster when the memory, too, is ordered [in, out].
+    weight = weight.T.contiguous() if (weight.dtype, weight.device.type) == (torch.float32, "cpu") else weight.T
+    return weight, None if linears[0].bias is None else torch.cat([m.bias for m in linears])
 
 
-def linear(x, pair):
-    """x [N, in] -> [N, out]; bf16 on CPU is 1.4-2.4x faster with the operands swapped."""
-    weight, bias = pair
-    y = (weight.T @ x.T).T if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x @ weight
+def linear(x, packed):
+    """x [N, in] -> [N, out]; on CPU, bf16 products are 1.4-2.4 times faster transposed."""
+    weight, bias = packed
+    y = (weight.T @ x.T).T if (x.dtype, x.device.type) == (torch.bfloat16, "cpu") else x @ weight
     return y if bias is None else y + bias
 
 
-class Decoder:
-    """Batched generation for a Hugging Face Qwen3, Qwen2 or Llama model, from its own weights.
+# A row that waits or lives in a slot. length: of prefix and prompt. key: equal where prompts and prefixes are.
+Job = namedtuple("Job", "row prompt prefix length key seed")
 
-    slots: rows decoded at a time (None: as many as free CUDA memory holds). max_length: cache columns, prefix + prompt +
-    new tokens (None: grown to what a call needs). eos_ids: end tokens (None: those of generation_config, else config;
-    nothing else of generation_config is read). Call `refresh` when the weights have changed.
+
+class Decoder:
+    """Batched generation with the weights of a Hugging Face Qwen3, Qwen2 or Llama model.
+
+    eos_ids: end tokens (None: all of generation_config's, else config's; nothing else of generation_config is read).
+    slots: rows decoded at a time (None: as many as fit into free CUDA memory). max_length: cache columns for prefix,
+    prompt and new tokens (None: grows to what a call needs). Call `refresh` after the weights change.
     """
 
     def __init__(self, model, eos_ids=None, slots=64, max_length=None):
-        check_rows(model, [], None)
-        config = model.config
-        if eos_ids is None:
-            eos_ids = getattr(model.generation_config, "eos_token_id", None)
-            eos_ids = config.eos_token_id if eos_ids is None else eos_ids
-        self.eos_ids = {eos_ids} if isinstance(eos_ids, int) else set(eos_ids or ())
-        self.model, self.max_slots, self.max_length = model, slots, max_length
-        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
-        self.dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.embed, self.device = model.get_input_embeddings(), model.get_input_embeddings().weight.device
-        self.fixed = self.device.type == "cuda"  # few step sizes, ends read every 8 steps; the tests set it on CPU
-        self.blocks, self.slots, self.columns, self.graphs = None, 0, 0, {}
-
-    @torch.no_grad()
-    def refresh(self):
-        """Repack the module's current weights, in place, so that captured graphs see them."""
-        fresh = []
-        for layer in self.model.model.layers:
-            a, m, qk = layer.self_attn, layer.mlp, None
-            if hasattr(a, "q_norm"):
-                qk = torch.cat([a.q_norm.weight.expand(self.heads, -1), a.k_norm.weight.expand(self.kv, -1)])
-            fresh.append(Block(layer.input_layernorm.weight, pack(a.q_proj, a.k_proj, a.v_proj), qk, pack(a.o_proj),
-                               layer.post_attention_layernorm.weight, pack(m.gate_proj, m.up_proj), pack(m.down_proj)))
-        self.blocks = fresh
-        self.head = pack(self.model.get_output_embeddings())
-        self.graphs.clear()
-
-    def release(self):
-        """Give packed weights, cache and graphs back; the next generate makes them anew."""
-        self.blocks = self.cache = self.head = None
+        check_rows(model, [], None, [])
+        if slots is not None and slots < 1:
+            raise ValueError(f"slots is {slots}; the decoder needs 1 or more (None: as many as fit into CUDA memory).")
+        for config in (model.generation_config, model.config):
+            eos_ids = getattr(config, "eos_token_id", None) if eos_ids is None else eos_ids
+        self.eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or ())
+        self.model, self.config, self.max_slots, self.max_length = model, model.config, slots, max_length
+        self.heads, self.kv = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.weight = model.get_input_embeddings().weight  # [V, d]
+        self.cuda = self.fixed = self.weight.device.type == "cuda"  # fixed: few step sizes (a test sets it on CPU)
         self.slots = self.columns = 0
-        self.graphs.clear()
+        self.refresh()
+
+    def refresh(self):
+        """Forget (and free) the packed weights; the next generate packs the module's current ones."""
+        self.blocks, self.head, self.graphs = [], None, {}
+
+    def _pack(self):
+        for layer in self.model.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            qk_norm = torch.cat([a.q_norm.weight.expand(self.heads, -1), a.k_norm.weight.expand(self.kv, -1)]) \
+                if hasattr(a, "q_norm") else None  # [H + KV, D]
+            self.blocks.append((layer.input_layernorm.weight, pack(a.q_proj, a.k_proj, a.v_proj), qk_norm,
+                                pack(a.o_proj), layer.post_attention_layernorm.weight,
+                                pack(m.gate_proj, m.up_proj), pack(m.down_proj)))
+        self.head = pack(self.model.get_output_embeddings())
 
     def _reserve(self, columns, rows):
-        """Allocate the cache and the per-slot state, unless what is there is large enough."""
-        columns = max(columns if self.max_length is None else self.max_length, self.columns)
-        layers, slots, weight = self.model.config.num_hidden_layers, self.max_slots, self.embed.weight
-        if slots is None and self.device.type == "cuda":
-            self.release()
-            torch.cuda.empty_cache()
-            per_slot = layers * 2 * columns * self.kv * self.dim * weight.element_size() + 24 * len(weight)
-            slots = max(1, int(torch.cuda.mem_get_info(self.device)[0] * 0.8) // per_slot)
-        slots = min(slots or 64, rows)
-        if slots <= self.slots and columns <= self.columns:
+        """Allocate cache and per-slot state, unless those of the last call are large enough."""
+        columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
+        cos, sin = self.model.model.rotary_emb(self.weight, torch.arange(columns, device=device)[None])
+        dim, layers = cos.shape[-1], self.config.num_hidden_layers
+        if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
+            slot_bytes = 2 * columns * layers * self.kv * dim * self.weight.element_size() + 24 * len(self.weight)
+            slots = max(self.slots, int(0.8 * torch.cuda.mem_get_info()[0] / slot_bytes), 1)
+        if min(slots, rows) <= self.slots and columns <= self.columns:
             return
-        self.graphs.clear()
-        self.slots, self.columns = max(slots, self.slots), columns
-        new = lambda *shape, dtype=torch.long: torch.zeros(self.slots, *shape, dtype=dtype, device=self.device)
-        self.cache = None  # free the old one before the new one is made
-        self.cache = new(layers, 2, columns, self.kv, self.dim, dtype=weight.dtype)
+        self.slots, self.columns, self.graphs, self.cache = max(self.slots, min(slots, rows)), columns, {}, None
+
+        def new(*shape, dtype=torch.long):
+            return torch.zeros(self.slots, *shape, dtype=dtype, device=device)
+
+        self.cache = new(layers, 2, columns, self.kv, dim, dtype=self.weight.dtype)
         self.token, self.pos, self.stop, self.live = new(), new(), new(), new(dtype=torch.bool)
         self.ids, self.logprobs, self.u = new(columns), new(columns, dtype=torch.float), new(columns, dtype=torch.float)
-        self.slot, self.column = (torch.arange(k, device=self.device) for k in (self.slots, columns))
-        self.is_end = torch.zeros(len(weight), dtype=torch.bool, device=self.device)
-        self.is_end[list(self.eos_ids)] = True
-        rotary = self.model.model.rotary_emb
-        angle = self.column[:, None].float() * rotary.inv_freq.float().to(self.device)  # [columns, D / 2]
-        cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
-        self.cos = torch.cat([cos, cos], -1).to(weight.dtype)  # [columns, D]
-        self.sin = torch.cat([-sin, sin], -1).to(weight.dtype)  # the sign of "rotate half" is in here
+        self.slot, self.column = (torch.arange(count, device=device) for count in (self.slots, columns))
+        self.is_end = torch.zeros(len(self.weight), dtype=torch.bool, device=device)
+        self.is_end[self.eos_ids] = True
+        # [columns, D]; "rotate half" flips the sign of its first half, which the sine takes over
+        self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :dim // 2], sin[0, :, dim // 2:]], -1)
 
-    def _norm(self, x, weight):
-        return F.rms_norm(x, x.shape[-1:], weight, self.model.config.rms_norm_eps)
+    def _norm(self, x, weight=None):
+        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
 
-    def _layers(self, x, pos, attend):
-        """Token rows x [N, d] at positions pos [N] -> hidden [N, d]; attend(layer, q, k, v) gets [N, heads, D]."""
-        cos, sin = self.cos[pos].unsqueeze(1), self.sin[pos].unsqueeze(1)  # [N, 1, D]
-        for i, b in enumerate(self.blocks):
-            qkv = linear(self._norm(x, b.norm1), b.qkv).reshape(len(x), -1, self.dim)  # [N, H + 2 KV, D]
-            qk, v = qkv[:, :-self.kv], qkv[:, -self.kv:]
-            if b.qk_norm is not None:
-                qk = self._norm(qk, None) * b.qk_norm
-            qk = torch.addcmul(qk * cos, qk.roll(self.dim // 2, -1), sin)  # rotary positions
-            heads = attend(i, qk[:, :self.heads], qk[:, self.heads:], v)  # [N, H D]
-            x = x + linear(heads, b.out)
-            gate, up = linear(self._norm(x, b.norm2), b.gate_up).chunk(2, -1)  # [N, ffn] each
-            x = x + linear(F.silu(gate) * up, b.down)
+    def _layers(self, first, x, pos, width):
+        """Tokens x [n T, d] of the n slots from `first` on, at positions pos [n, T] < width -> hidden [n T, d]."""
+        (n, T), dim = pos.shape, self.cos.shape[1]
+        cos, sin = self.cos[pos].view(n * T, 1, dim), self.sin[pos].view(n * T, 1, dim)
+        slot, future = self.slot[:n, None], self.column[:width] > pos[:, :, None]  # [n, 1], [n, T, width]
+        mask = torch.zeros_like(future, dtype=x.dtype).masked_fill_(future, -torch.inf)
+        mask = mask.repeat(1, self.heads // self.kv, 1)[:, None]  # [n, 1, G T, width], G = H / KV
+        for i, (norm1, qkv, qk_norm, out, norm2, gate_up, down) in enumerate(self.blocks):
+            qk, v = linear(self._norm(x, norm1), qkv).reshape(n * T, -1, dim).tensor_split([-self.kv], 1)
+            qk = qk if qk_norm is None else self._norm(qk) * qk_norm  # [n T, H + KV, D]
+            qk = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin).view(n, T, -1, dim)
+            keys, values = self.cache[first:first + n, i].unbind(1)  # [n, columns, KV, D]
+            keys[slot, pos], values[slot, pos] = qk[:, :, self.heads:], v.view(n, T, -1, dim)
+            keys, values = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)  # [n, KV, width, D]
+            # The G heads that share a key head stand where query positions would: no copies of keys.
+            q = qk[:, :, :self.heads].reshape(n, T, self.kv, -1, dim).permute(0, 2, 3, 1, 4)  # [n, KV, G, T, D]
+            y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)  # [n, KV, G T, D]
+            y = y.view(n, self.kv, -1, T, dim).permute(0, 3, 1, 2, 4).reshape(n * T, -1)  # [n T, H D]
+            x = x + linear(y, out)
+            gate, up = linear(self._norm(x, norm2), gate_up).chunk(2, -1)  # [n T, ffn] each
+            x = x + linear(F.silu(gate) * up, down)
         return x
 
-    def _prefill(self, jobs, slots):
-        """Write keys and values of all but each job's last prompt token into its slot."""
-        x = embed_rows(self.embed, [job.prompt[:-1] for job in jobs], [job.prefix for job in jobs])  # [n, T, d]
-        n, T = x.shape[:2]
-        slots = torch.tensor(slots, device=self.device)
-
-        def attend(i, q, k, v):
-            q, k, v = (t.reshape(n, T, -1, self.dim) for t in (q, k, v))
-            self.cache[slots, i, 0, :T], self.cache[slots, i, 1, :T] = k, v  # what pads write is overwritten unread
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [n, heads, T, D]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            return out.transpose(1, 2).reshape(n * T, -1)
-
-        self._layers(x.flatten(0, 1), self.column[:T].repeat(n), attend)
-
     def _step(self, n, width, sampling):
-        """Read one token in each slot 0..n-1, sample the next, note it: fixed shapes, in place, no sync with the host."""
+        """Read one token in each slot < n, sample and note the next: fixed shapes, in place, no sync with the host."""
         slot, pos, live = self.slot[:n], self.pos[:n], self.live[:n]
-        hidden_columns = self.column[:width] > pos[:, None]  # [n, width]
-        mask = torch.zeros_like(hidden_columns, dtype=self.cache.dtype).masked_fill_(hidden_columns, -torch.inf)
-
-        def attend(i, q, k, v):
-            keys, values = self.cache[:n, i, 0], self.cache[:n, i, 1]  # [n, columns, KV, D]
-            keys[slot, pos], values[slot, pos] = k, v
-            keys, values = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)  # [n, KV, width, D]
-            q = q.reshape(n, self.kv, -1, self.dim)  # heads sharing a key head stand in for query positions
-            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[:, None, None]).reshape(n, -1)
-
-        x = self._layers(F.embedding(self.token[:n], self.embed.weight), pos, attend)  # [n, d]
+        x = self._layers(0, F.embedding(self.token[:n], self.weight), pos[:, None], width)  # [n, d]
         logits = linear(self._norm(x, self.model.model.norm.weight), self.head)  # [n, V]
         token, logprob = sample(logits, self.u[slot, pos], sampling)
         self.ids[slot, pos], self.logprobs[slot, pos], self.token[:n] = token, logprob, token
-        pos += live  # an ended row stands still: it writes the same column, past its completion, until it is retired
+        pos += live  # an ended row stands still, writing behind its completion, until it is retired
         live &= ~self.is_end[token] & (pos < self.stop[:n])
 
     def _run(self, n, width, sampling):
-        """One step; on CUDA a size's first step runs eagerly (loading kernels), its second is captured, then replayed."""
+        """One step. On CUDA, a size's first one runs eagerly (loading kernels), the second is captured and replayed."""
         if self.fixed:
             n, width = min(self.slots, 1 << (n - 1).bit_length()), min(self.columns, -(-width // 256) * 256)
-        graph = self.graphs.get((n, width, sampling))
-        if self.device.type != "cuda" or graph is None:
-            self.graphs[n, width, sampling] = "seen"
-            return self._step(n, width, sampling)
-        if graph == "seen":
-            graph = self.graphs[n, width, sampling] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step(n, width, sampling)
-        graph.replay()
+        size = (n, width, sampling)
+        if not self.cuda or size not in self.graphs:
+            self.graphs[size] = None
+            return self._step(*size)
+        if self.graphs[size] is None:
+            self.graphs[size] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[size]):
+                self._step(*size)
+        self.graphs[size].replay()
 
     def _admit(self, new, jobs, sampling):
-        """Put the jobs `new` into the slots after `jobs`, the live ones."""
-        taken = slice(len(jobs), len(jobs) + len(new))
-        donor = {job.key: slot for slot, job in enumerate(jobs)}  # a live row still holds its whole prompt
-        for slot, job in enumerate(new, len(jobs)):
-            donor.setdefault(job.key, slot)
-        jobs += new
-        fresh = [slot for slot in range(len(jobs))[taken] if donor[jobs[slot].key] == slot
-                 and jobs[slot].length > 1]
-        for group in micro_batches([jobs[slot].length - 1 for slot in fresh], 16384 if self.fixed else 1024):
-            slots = [fresh[i] for i in group]
-            self._prefill([jobs[slot] for slot in slots], slots)
-        copies = [slot for slot in range(len(jobs))[taken] if donor[jobs[slot].key] != slot]
-        if copies:
-            T = max(jobs[slot].length for slot in copies)
-            self.cache[copies, :, :, :T] = self.cache[[donor[jobs[slot].key] for slot in copies], :, :, :T]
-        to = lambda values: torch.tensor(values, device=self.device)
-        self.token[taken], self.live[taken] = to([job.prompt[-1] for job in new]), True
-        self.pos[taken] = to([job.length - 1 for job in new])
-        self.stop[taken] = self.pos[taken] + sampling.max_new_tokens
-        self.u[taken] = uniform(to([job.seed for job in new])[:, None], self.column - self.pos[taken, None])  # [new, columns]
+        """Put the jobs `new` into the slots behind those of `jobs`, and append them there."""
+        donor = {job.key: slot for slot, job in enumerate(jobs)}  # who holds a prompt; live rows still do
+        first, fresh, copies = len(jobs), [], []
+        for job in new:
+            (copies if job.key in donor else fresh).append(job)
+            donor.setdefault(job.key, first + len(fresh) - 1)
+        jobs += fresh + copies
+        for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 1024):
+            rows = [fresh[i] for i in group]  # neighbours, as the queue is sorted by length
+            x = embed_rows(self.model, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
+            n, T = x.shape[:2]
+            if T:  # what right pads write is overwritten before it is read
+                self._layers(first + group[0], x.flatten(0, 1), self.column[:T].expand(n, T), T)
+        width, behind, taken = max(job.length for job in new), first + len(fresh), slice(first, len(jobs))
+        self.cache[behind:len(jobs), :, :, :width] = self.cache[[donor[job.key] for job in copies], :, :, :width]
+        last, length, seed = self.pos.new_tensor([(job.prompt[-1], job.length, job.seed) for job in jobs[first:]]).T
+        self.token[taken], self.pos[taken], self.live[taken] = last, length - 1, True
+        self.stop[taken] = length - 1 + sampling.max_new_tokens
+        self.u[taken] = uniform(seed[:, None], self.column - length[:, None] + 1)  # [new, columns]
 
-    def _retire(self, jobs, done):
-        """Hand ended rows to done(job, completion) and close the gaps; returns (live jobs, their longest length)."""
-        pos, live = torch.stack([self.pos[:len(jobs)], self.live[:len(jobs)]]).tolist()
+    def _retire(self, jobs, results):
+        """Write ended rows' completions to results and close the gaps -> the live jobs, the longest one's position."""
+        pos, live = torch.stack([self.pos, self.live])[:, :len(jobs)].tolist()
         for slot, job in enumerate(jobs):
             if not live[slot]:
-                new = slice(job.length - 1, pos[slot])
-                ids = self.ids[slot, new].tolist()
-                done(job, Completion(ids, self.logprobs[slot, new].tolist(), "stop" if ids[-1] in self.eos_ids else "length"))
-        keep = [slot for slot in range(len(jobs)) if live[slot]]
-        n, width = len(keep), max((pos[slot] for slot in keep), default=0)
-        holes, movers = [slot for slot in range(n) if not live[slot]], [slot for slot in keep if slot >= n]
+                ids, logprobs = (t[slot, job.length - 1:pos[slot]].tolist() for t in (self.ids, self.logprobs))
+                results[job.row] = Completion(ids, logprobs, "stop" if ids[-1] in self.eos_ids else "length")
+        n, width = sum(live), max((p for p, alive in zip(pos, live) if alive), default=0)
+        holes, movers = [s for s in range(n) if not live[s]], [s for s in range(n, len(jobs)) if live[s]]
         if holes:
             self.cache[holes, :, :, :width] = self.cache[movers, :, :, :width]
             for state in (self.token, self.pos, self.stop, self.live, self.ids, self.logprobs, self.u):
                 state[holes] = state[movers]
-            for hole, mover in zip(holes, movers):
-                jobs[hole] = jobs[mover]
+        for hole, mover in zip(holes, movers):
+            jobs[hole] = jobs[mover]
         self.live[n:] = False
         return jobs[:n], width
 
     @torch.inference_mode()
     def generate(self, prompts, prefixes=None, sampling=Sampling(), seeds=None, progress=None):
-        """Sample one completion per prompt, in the order given.
+        """One Completion per prompt (a list of tokens), in the order given.
 
-        prompts: token lists; prefixes: [L, d] tensors or None, per row; seeds: one int per row (None: drawn from torch's
-        generator); progress: called with the number of rows that just ended.
+        prefixes: [L, d] or None per row. seeds: one int per row (None: from torch's generator). progress: called with
+        the number of rows that just ended.
         """
-        prefixes = check_rows(self.model, prompts, prefixes)
-        if seeds is None:
-            seeds = torch.randint(2 ** 62, (len(prompts),)).tolist()
-        queue, results = [], [None] * len(prompts)
-        for row, (prompt, prefix, seed) in enumerate(zip(prompts, prefixes, seeds, strict=True)):
-            key = (tuple(prompt), None if prefix is None else prefix.detach().float().cpu().numpy().tobytes())
-            length = len(prompt) + (0 if prefix is None else len(prefix))
+        seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
+        queue, results, jobs, width = [], [None] * len(prompts), [], 0
+        for row, prefix in enumerate(check_rows(self.model, prompts, prefixes, seeds)):
+            length, key = len(prefix) + len(prompts[row]), (tuple(prompts[row]), prefix.float().cpu().numpy().tobytes())
+            queue.append(Job(row, prompts[row], prefix, length, key, seeds[row] % 2 ** 63))
             if self.max_length and length + sampling.max_new_tokens > self.max_length:
-                raise ValueError(f"row {row} may take {length} + {sampling.max_new_tokens} positions, but max_length is "
-                                 f"{self.max_length}; shorten the prompt, lower max_new_tokens or raise max_length.")
-            queue.append(Job(row, prompt, prefix, key, length, seed % 2 ** 63))
-        if not queue:
-            return []
-        self._reserve(max(job.length for job in queue) + sampling.max_new_tokens, len(queue))
-        if self.blocks is None:
-            self.refresh()
-        first = {}
-        for job in queue:
-            first.setdefault(job.key, job.row)
-        queue = deque(sorted(queue, key=lambda job: (-job.length, first[job.key])))  # similar lengths, groups together
-        jobs, width, every = [], 0, 8 if self.fixed else 1
-
-        def done(job, completion):
-            results[job.row] = completion
-
+                raise ValueError(f"row {row} has {length} positions and may add {sampling.max_new_tokens}, beyond "
+                                 f"max_length = {self.max_length}: shorten it, or change max_new_tokens or max_length.")
+        queue = deque(sorted(queue, key=lambda job: (-job.length, job.key)))  # similar lengths together, and groups
+        self._reserve(max((job.length for job in queue), default=0) + sampling.max_new_tokens, len(queue))
+        if not self.blocks:
+            self._pack()
         while queue or jobs:
             free = self.slots - len(jobs)
             if queue and free >= max(1, self.slots // 8):
                 self._admit([queue.popleft() for _ in range(min(free, len(queue)))], jobs, sampling)
-                width = max(width, max(job.length for job in jobs) - 1)
-            for i in range(every):
+                width = max(width, *(job.length - 1 for job in jobs))
+            for i in range(8 if self.fixed else 1):
                 self._run(len(jobs), width + i + 1, sampling)
-            before = len(jobs)
-            jobs, width = self._retire(jobs, done)
-            if progress and len(jobs) < before:
-                progress(before - len(jobs))
+            started = len(jobs)
+            jobs, width = self._retire(jobs, results)
+            if progress and len(jobs) < started:
+                progress(started - len(jobs))
         return results
 
 
-class Job(NamedTuple):
-    """A row waiting for or living in a slot. key: equal for rows with equal prompt and prefix."""
-    row: int
-    prompt: list
-    prefix: torch.Tensor | None
-    key: tuple
-    length: int  # prefix + prompt
-    seed: int
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Log-probs for training
-
 class HeadLogProb(torch.autograd.Function):
-    """log p(target) and entropy from hidden [N, d] and the head's weight [V, d], a few rows of logits at a time.
+    """hidden [N, d], the head's weight [V, d], targets [N] -> their log-probs [N] and the distributions' entropies [N].
 
-    The backward makes each chunk's logits again rather than keeping them: one more product, but [chunk, V] of memory.
+    Logits exist for a chunk of rows at a time; the backward computes them again and adds up gradients chunk by chunk.
     """
-
     @staticmethod
     def forward(ctx, hidden, weight, targets, sampling, with_entropy):
-        ctx.sampling, ctx.chunk = sampling, max(1, 2 ** 25 // len(weight))  # 128 MB of fp32 logits
-        norm, logprobs, entropy = hidden.new_empty(3, len(hidden), dtype=torch.float32)
-        for rows in torch.arange(len(hidden)).split(ctx.chunk):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
-            z = shape_logits(hidden[rows] @ weight.T, sampling, targets[rows])  # [chunk, V]
-            norm[rows] = z.logsumexp(-1)
-            logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - norm[rows]
+        logprobs, entropy = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(2))
+        size = max(1, CHUNK // len(weight))
+        ctx.chunks, ctx.sampling = [slice(a, a + size) for a in range(0, len(hidden), size)], sampling
+        for rows in ctx.chunks:
+            logp = shape_logits(hidden[rows] @ weight.T, sampling, targets[rows]).log_softmax(-1)  # [chunk, V]
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
             if with_entropy:
-                entropy[rows] = norm[rows] - torch.linalg.vecdot((z - norm[rows, None]).exp_(), z)
-        ctx.save_for_backward(hidden, weight, targets, norm)
+                entropy[rows] = -torch.linalg.vecdot(logp.exp(), logp)
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, targets, norm = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        grad = grad / (ctx.sampling.temperature or 1)
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            z = shape_logits(hidden[rows] @ weight.T, ctx.sampling, targets[rows])
-            z = (z - norm[rows, None]).exp_().neg_()  # d logprob / d logits is onehot(target) - p
-            z.scatter_add_(1, targets[rows, None], torch.ones_like(norm[rows, None]))
-            z = z.mul_(grad[rows, None]).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = z @ weight
+        grad = grad[:, None] / (ctx.sampling.temperature or 1)  # [N, 1]
+        for rows in ctx.chunks:
+            g = shape_logits(hidden[rows] @ weight.T, ctx.sampling, targets[rows]).softmax(-1).neg_()  # [chunk, V]
+            g.scatter_add_(1, targets[rows, None], torch.ones_like(grad[rows]))  # onehot - softmax
+            g = g.mul_(grad[rows]).to(weight.dtype)
+            grad_hidden[rows] = g @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(z.T, hidden[rows])
+                grad_weight.addmm_(g.T, hidden[rows])
         return grad_hidden, grad_weight, None, None, None
 
 
 def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling(), with_entropy=True):
-    """Log-probs [N] and entropies [N] of all N completion tokens, row after row, by the Hugging Face module (autograd).
+    """Log-probs [N] and entropies [N] (or None) of all N completion tokens, row after row, as `sampling` draws them.
 
-    Gradients reach the model's weights and the prefixes; the entropy (None without with_entropy) is a plain number.
-    The distribution is the one `sampling` draws from. Memory is for [rows, longest, d] hidden states, never for logits:
-    split long batches by micro_batches first.
+    By the Hugging Face module, so gradients reach weights and prefixes (not through the entropy). Memory is that of
+    right-padded hidden states [B, T, d], never of logits [B, T, V]; split a long batch by `micro_batches` first.
     """
-    prefixes = check_rows(model, prompts, prefixes)
-    # The last token is predicted but never read. Right pads come after all that counts, so causality hides them.
-    x = embed_rows(model.get_input_embeddings(), [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], prefixes)
+    prefixes = check_rows(model, prompts, prefixes, completions)
+    # The last token is predicted but never read. Right pads follow all that counts, so causality hides them: no mask.
+    x = embed_rows(model, [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], prefixes)
     hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state  # [B, T, d]
-    places = [(row, len(prompt) + (0 if prefix is None else len(prefix)) - 1 + i)
-              for row, (prompt, completion, prefix) in enumerate(zip(prompts, completions, prefixes))
-              for i in range(len(completion))]
-    row, column = torch.tensor(places, dtype=torch.long, device=x.device).reshape(-1, 2).T
-    targets = torch.tensor([i for c in completions for i in c], dtype=torch.long, device=x.device)  # [N]
+    first = [len(prefix) + len(prompt) - 1 for prefix, prompt in zip(prefixes, prompts)]
+    places = [(row, first[row] + i, token) for row, c in enumerate(completions) for i, token in enumerate(c)]
+    row, column, targets = torch.tensor(places, dtype=torch.long, device=x.device).reshape(-1, 3).T  # [N] each
     hidden, weight = hidden[row, column], model.get_output_embeddings().weight  # [N, d], [V, d]
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (hidden, weight))
     logprobs, entropy = HeadLogProb.apply(hidden, weight, targets, sampling, with_entropy)
     return logprobs, entropy if with_entropy else None
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Command line
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
+    parser.add_argument("--vae", default="runs/tiny/vae", help="VAE folder (default: runs/tiny/vae)")
+    parser.add_argument("--prompt", default="calc 7 + 2 - 3 + 1 - 2 ?", help="the question (default: one of the tiny world)")
+    parser.add_argument("--source", nargs="+", help="prefix sources to show (default: none, every domain, prior, noise)")
+    parser.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
+    parser.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
+    parser.add_argument("--draws", type=int, default=3, help="prefixes drawn per source (default: 3)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of token sampling (default: 0, greedy)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.model = find_model(args.model)
+    vae = find_vae(args.vae, args.model)
+    model, tokenizer = load_policy(args.model)
+    table, decoder = model.get_input_embeddings().weight.detach(), Decoder(model)
+    ids = prompt_ids(args.prompt, tokenizer)
+    for source in args.source or ["none", *vae.domains, "prior", "noise"]:
+        draws = 1 if source == "none" and args.temperature == 0 else args.draws
+        seeds = [args.seed + i for i in range(draws)]
+        prefixes, _ = Palette(vae, table, source, args.length, not args.independent).draw(seeds)
+        completions = decoder.generate([ids] * draws, prefixes, Sampling(args.temperature, max_new_tokens=args.max_new_tokens), seeds)
+        for completion in completions:
+            print(f"{source:>8}: {tokenizer.decode(completion.ids, skip_special_tokens=True)}")
+
+
+if __name__ == "__main__":
+    run_main(main, "prefix.py")

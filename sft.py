@@ -1,21 +1,18 @@
 """The simplest training loop, and what every loop shares: ranks, optimizer step, run folders, exact resume.
 
-Two stages:
-  warmup    ten iterations of language modelling on worked answers with a prefix before the prompt, z drawn from the *prior*,
-            L = 1 (Eq. 11): the model learns to take a prefix as context. Longer teaches it to ignore the prefix.
-            `--prefix none` is the same without a prefix: the start of the RL baselines.
-  pretrain  makes the embedded default model `tiny` on the spot: a small Qwen3, trained on the tiny world of rewards.py and
-            saved as an ordinary Hugging Face folder, so that nothing downstream knows it is special.
+  warmup    ten updates on worked answers with a prefix before the prompt, z from the *prior*, L = 1 (Eq. 11): the model learns
+            to take a prefix as context. More would teach it to ignore the prefix. `--prefix none`: the RL baselines' start.
+  pretrain  makes the embedded default model `tiny`: a small Qwen3, trained on the tiny world of rewards.py and saved as an
+            ordinary Hugging Face folder, so that nothing downstream knows it is special.
 
-Departs from the paper: learning rate, batch size and warm-up corpus size are our choice (the paper gives none).
-Randomness is a pure function of (seed, step, row), so a resumed run needs no generator state to equal an uninterrupted one,
-and N ranks see the batches that one rank would.
+Departs from the paper, which gives no learning rate or batch size: ours are flags. Randomness is a pure function of
+(seed, step, row), so a resumed run needs no generator state, and N ranks see the batches that one rank would.
 
 Run it:
-    python sft.py pretrain                                               # runs/tiny/base, about 80 s on two cores
-    python sft.py                                                        # warm up the tiny model under prefixes
-    python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --traces traces_math.jsonl --out runs/qwen/sft
-    torchrun --nproc_per_node=4 sft.py --model ...                       # the same on four GPUs
+    python sft.py pretrain                                  # runs/tiny/base, a bit over a minute on two idle cores
+    python sft.py                                           # warm up the tiny model under prefixes
+    python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --traces math=traces_math.jsonl --out runs/qwen/sft
+    torchrun --nproc_per_node=4 sft.py --model ...          # the same on four GPUs
 """
 import argparse
 import contextlib
@@ -24,21 +21,19 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from prefix import Palette, completion_logprobs, load_policy, micro_batches
 from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
                      tiny_document, tiny_task, tiny_traces)
-from vae import VAE, load_traces
+from vae import TINY_BASE, find_model, find_vae, load_traces, require_positive, run_main
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -52,7 +47,7 @@ class Ranks:
 
     @classmethod
     def start(cls, device="auto"):
-        """Join the job that torchrun describes in the environment, if any. device: "auto", "cpu", "cuda" or "mps"."""
+        """Join the job that torchrun describes in the environment, if any. device: auto, cpu, cuda or mps."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,9 +82,8 @@ def seed_of(*parts):
 # ---- optimizer ----------------------------------------------------------------------------------------------------------
 
 def make_optimizer(model, lr, weight_decay=0.0):
-    """AdamW on every trainable weight; betas (0.9, 0.98) as the moments must settle within tens of steps (our choice)."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98),
-                             weight_decay=weight_decay)
+    """AdamW on every trainable weight; our choice: betas (0.9, 0.98), as the moments must settle within tens of steps."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.98), weight_decay=weight_decay)
 
 
 def apply_gradients(model, optimizers, ranks, max_norm=1.0):
@@ -112,7 +106,7 @@ def apply_gradients(model, optimizers, ranks, max_norm=1.0):
 
 
 def autocast(device, precision):
-    """Forward passes in bf16 with fp32 weights (precision "bf16"), or plain fp32."""
+    """Forward passes in bf16 with fp32 weights, or plain fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
@@ -121,23 +115,21 @@ def autocast(device, precision):
 class Run:
     """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/, policy/ (the finished model).
 
-    Everything is written under a temporary name and renamed when complete, by rank 0 alone; a kill at any moment leaves
-    either the old file or the new one. Every checkpoint is a Hugging Face folder with optimizer.safetensors and state.json
-    beside the weights, so evaluate.py reads it like any other model.
+    Rank 0 alone writes, under a temporary name that is changed when complete: a kill at any moment leaves the old or the
+    new, never a part. A checkpoint is a Hugging Face folder with optimizer.safetensors and state.json beside the weights.
     Raises ValueError if the folder holds a run with other settings, or an unfinished one and resume is not asked for.
     """
 
     def __init__(self, folder, config, ranks, resume=False, overwrite=False, keep=2):
         self.folder, self.ranks, self.keep, self.writes = Path(folder), ranks, keep, ranks.rank == 0
         self.finished = False
-        ranks.wait()                                    # no rank looks while rank 0 of an earlier stage still writes
-        if overwrite and self.writes and (self.folder / "config.json").is_file():
+        known, config = self.folder / "config.json", json.loads(json.dumps(config))
+        if overwrite and self.writes and known.is_file():
             shutil.rmtree(self.folder)
-        ranks.wait()
-        known = self.folder / "config.json"
+        ranks.wait()                                    # every rank sees the folder as rank 0 left it
         if known.is_file():
             before = json.loads(known.read_text())
-            changed = [key for key in {**before, **config} if before.get(key) != json.loads(json.dumps(config.get(key)))]
+            changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
             if changed:
                 raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
                                  f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
@@ -158,7 +150,7 @@ class Run:
     def save(self, step, model, tokenizer, optimizers, **state):
         """checkpoint-STEP/: all that the loop needs to go on after `step` finished steps. Keeps the newest `keep`."""
         if self.writes:
-            tensors, scalars = {}, {}
+            tensors = {}
             for i, optimizer in enumerate(optimizers):
                 for index, entries in optimizer.state_dict()["state"].items():
                     tensors.update({f"{i}.{index}.{key}": value.contiguous() for key, value in entries.items()})
@@ -184,14 +176,12 @@ class Run:
             try:
                 saved, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
                 found = json.loads((folder / "state.json").read_text())
+                contents = [{**optimizer.state_dict(), "state": {}} for optimizer in optimizers]
+                for key, value in moments.items():
+                    which, index, name = key.split(".", 2)
+                    contents[int(which)]["state"].setdefault(int(index), {})[name] = value
                 model.load_state_dict(saved, strict=False)              # a tied head is stored once
-                for i, optimizer in enumerate(optimizers):
-                    content = optimizer.state_dict()
-                    content["state"] = {}
-                    for key, value in moments.items():
-                        which, index, name = key.split(".", 2)
-                        if int(which) == i:
-                            content["state"].setdefault(int(index), {})[name] = value
+                for optimizer, content in zip(optimizers, contents):
                     optimizer.load_state_dict(content)
                 state = found
                 break
@@ -250,15 +240,14 @@ def answer_ids(trace, tokenizer, prompt_style, max_tokens):
 
 
 def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
-    """Backward of the mean negative log-likelihood of the answers, over all ranks. rows: this rank's (prompt, answer) ids.
+    """Backward of the mean negative log-likelihood of the answers. rows: this rank's (prompt ids, answer ids).
 
-    Returns (sum of the loss, answer tokens) of this rank; the mean over the *global* number of answer tokens is what is
-    minimised, so neither micro-batches nor ranks change the gradient.
+    The mean is over the answer tokens of *all* ranks, so neither micro-batches nor ranks change the gradient. Returns
+    (this rank's summed loss, all ranks' answer tokens).
     """
     total = ranks.total([sum(len(answer) for _, answer in rows)])[0]
     loss_sum = 0.0
-    lengths = [len(prompt) + len(answer) + (0 if prefix is None else len(prefix))
-               for (prompt, answer), prefix in zip(rows, prefixes)]
+    lengths = [len(prompt) + len(answer) + (0 if p is None else len(p)) for (prompt, answer), p in zip(rows, prefixes)]
     for group in micro_batches(lengths, tokens_per_batch):
         with autocast(ranks.device, precision):
             logprobs, _ = completion_logprobs(model, [rows[i][0] for i in group], [rows[i][1] for i in group],
@@ -302,6 +291,8 @@ def tiny_tokenizer():
 def tiny_model(seed=0):
     """A Qwen3 of 2 layers, width 128 and 0.4M weights. Init 0.08: at the usual 0.02 it stays at chance for 1,250 steps."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(TINY_VOCABULARY), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
@@ -334,8 +325,7 @@ def tiny_batch(seed, step, batch, length, word_id, table):
 def pretrain(out, seed=0, steps=900, batch=32, length=80, resume=False, overwrite=False, save_every=200):
     """Make the tiny base in `out`: policy/ (a Hugging Face folder) and traces.jsonl. Returns the Run.
 
-    Muon (the hidden matrices) beside AdamW (embeddings and norms), both from torch.optim: the steps it saves against AdamW
-    alone are what makes this fit into a coffee break. Every process that is not rank 0 waits.
+    Muon (hidden matrices) and AdamW (embeddings, norms), both from torch.optim: AdamW alone needs more steps.
     """
     ranks = Ranks.start("cpu")
     config = dict(stage="pretrain", seed=seed, steps=steps, batch=batch, length=length)
@@ -343,14 +333,13 @@ def pretrain(out, seed=0, steps=900, batch=32, length=80, resume=False, overwrit
     if run.finished:
         return run
     if run.writes:
-        run.ranks = Ranks(0, 1, torch.device("cpu"))            # rank 0 works alone: the model is too small to share
-        _pretrain_alone(run, seed, steps, batch, length, save_every)
-        run.ranks = ranks
+        run.ranks = Ranks(0, 1, ranks.device)           # rank 0 works alone: the model is too small to share
+        _pretrain(run, seed, steps, batch, length, save_every)
     ranks.wait()
     return run
 
 
-def _pretrain_alone(run, seed, steps, batch, length, save_every):
+def _pretrain(run, seed, steps, batch, length, save_every):
     model, tokenizer = tiny_model(seed), tiny_tokenizer()
     word_id, table = {word: i for i, word in enumerate(TINY_VOCABULARY)}, model.get_input_embeddings().weight
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
@@ -370,22 +359,21 @@ def _pretrain_alone(run, seed, steps, batch, length, save_every):
         loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         loss.backward()
         norm = apply_gradients(model, optimizers, run.ranks)
-        if (step + 1) % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            run.log("metrics", {"step": step + 1, "loss": loss.item(), "gradient_norm": norm})
+        run.log("metrics", {"step": step + 1, "loss": loss.item(), "gradient_norm": norm})
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % save_every == 0 and step + 1 < steps:
             run.save(step + 1, model, tokenizer, optimizers)
     leak = style_leak(model, tokenizer)
     run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
-    print("first word of an answer without context opens style " + ", ".join(f"{name} in {share:.3%}" for name, share in leak.items())
-          + f" (trained at {CHAT_LEAK:.2%} for math and code)")
+    print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
+          f"(trained at {CHAT_LEAK:.2%} for math and code)")
     write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in tiny_traces(3000, seed)))
     run.finish(model.eval(), tokenizer)
 
 
 @torch.no_grad()
 def style_leak(model, tokenizer, questions=512):
-    """Exact probability of each style's opening words at the first answer position, without any context, mean over questions.
+    """Mean probability of each style's opening words where an answer to arithmetic begins, without any context.
 
     How rare the good strategies are decides what exploration can gain, so it is measured and printed, not assumed.
     """
@@ -396,6 +384,10 @@ def style_leak(model, tokenizer, questions=512):
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
+
+# What does not change a run's result, and so may differ when it is resumed.
+NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save_every")
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -430,17 +422,16 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    ranks = Ranks.start(args.device)
     if args.stage == "pretrain":
         run = pretrain(args.out, args.seed, args.steps, args.batch, resume=args.resume, overwrite=args.overwrite)
-        print(f"the tiny base is in {run.folder}/policy")
-        return
-    ranks = Ranks.start(args.device)
+        return print(f"the tiny base is in {run.folder}/policy")
+    args.model = find_model(args.model)
+    traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
+    vae = None if args.prefix in ("none", "noise") else find_vae(args.vae, args.model)
     model, tokenizer = load_policy(args.model, ranks.device)
-    traces = load_traces(args.traces or ["runs/tiny/base/traces.jsonl"], args.limit if args.traces else 10**9)
-    vae = None if args.prefix in ("none", "noise") else VAE.load(args.vae)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
-    config = {name: value for name, value in vars(args).items() if name not in ("device", "tokens_per_batch", "save_every", "resume", "overwrite", "out")}
-    run = Run(args.out, config, ranks, args.resume, args.overwrite)
+    run = Run(args.out, {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}, ranks, args.resume, args.overwrite)
     if not run.finished:
         warmup(model, tokenizer, traces, palette, run, args)
     if ranks.rank == 0:
@@ -456,24 +447,6 @@ def add_machine_flags(parser, tokens_per_batch, save_every):
     group.add_argument("--save-every", type=int, default=save_every, help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
-
-
-def require_positive(parser, args, *names):
-    """End with a sentence naming the first of these flags that is below 1."""
-    for name in names:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-
-
-def run_main(main_function, name):
-    """Run a script's main: bad input ends in one sentence and exit status 1, Ctrl-C in 130; no traceback for either."""
-    try:
-        main_function()
-    except (ValueError, OSError, SafetensorError) as error:          # safetensors has its own word for a full disk
-        sys.exit(f"{name}: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped by Ctrl-C; what was saved stays valid, --resume goes on from it", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -106,6 +107,8 @@ def find_model(name):
 def load_embeddings(name):
     """The tokenizer and the token-embedding table E [V, d] (fp32) of a model: all the VAE needs of it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+    logging.disable_progress_bar()              # loading a shard needs no bar of its own
     name = find_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -144,8 +147,8 @@ class VAE(nn.Module):
 
     def __init__(self, width, latent=8, hidden=128, domains=(), gauss_rank=0, anchors=0):
         super().__init__()
-        self.domains, self.settings = list(domains), dict(width=width, latent=latent, hidden=hidden, domains=list(domains),
-                                                          gauss_rank=gauss_rank, anchors=anchors)
+        self.latent, self.domains = latent, list(domains)
+        self.settings = dict(width=width, latent=latent, hidden=hidden, domains=self.domains, gauss_rank=gauss_rank, anchors=anchors)
         self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, width))
         shapes = {"mean": (width,), "scale": (), "domain_mean": (len(self.domains), latent),
@@ -201,6 +204,14 @@ class VAE(nn.Module):
         except Exception as error:              # safetensors, json and torch each raise their own kind for a damaged file
             raise ValueError(f"the VAE in {folder} cannot be read ({str(error).splitlines()[0]}): train it again") from None
         return vae.eval().requires_grad_(False)
+
+
+def find_vae(folder, model):
+    """The VAE in `folder`; the tiny world's is trained on the spot where it is missing."""
+    if Path(model).resolve() == (Path(TINY_BASE) / "policy").resolve() and not (Path(folder) / "config.json").is_file():
+        print(f"building {folder}: python vae.py --out {folder}", flush=True)
+        main(["--out", str(folder)])
+    return VAE.load(folder)
 
 
 def _anchor_index(rows, count):
@@ -359,9 +370,7 @@ def parse_args(argv=None):
     training.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate (default: 2e-3)")
     training.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: 0)")
     args = parser.parse_args(argv)
-    for name in ("limit", "latent", "hidden", "epochs", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    require_positive(parser, args, "limit", "latent", "hidden", "epochs", "batch")
     if args.model != "tiny" and not args.traces:
         parser.error("--traces is needed for a model other than tiny")
     return args
@@ -378,10 +387,23 @@ def main(argv=None):
     print(f"saved {args.out}" + (f", picture {picture}" if picture else ""))
 
 
-if __name__ == "__main__":
+def require_positive(parser, args, *names):
+    """End with a sentence naming the first of these flags that is below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+
+
+def run_main(main_function, script):
+    """Run a script's main: bad input ends in one sentence and status 1, Ctrl-C in status 130; no traceback for either."""
     try:
-        main()
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"vae.py: {error}")
+        main_function()
+    except (ValueError, OSError, SafetensorError, subprocess.CalledProcessError) as error:   # SafetensorError: a full disk
+        sys.exit(f"{script}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("vae.py: stopped by Ctrl-C; whatever was saved stays valid")
+        print(f"\n{script}: stopped by Ctrl-C; what was saved stays valid, --resume goes on from it", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main, "vae.py")

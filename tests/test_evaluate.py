@@ -5,7 +5,6 @@ import math
 import random
 
 import pytest
-import torch
 
 import evaluate
 from evaluate import answer, arms_of, markdown, mean_and_error, pass_at_k, score

@@ -188,7 +188,7 @@ def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsy
     (a, tokenizer), (b, _) = (sft.load_policy(str(run.folder)) for run in (whole, torn))
     assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
     assert tokenizer.pad_token == PAD and a.generation_config.eos_token_id == WORD_ID[END]
-    assert "opens style math" in capsys.readouterr().out
+    assert "opens in style math" in capsys.readouterr().out
     assert len((whole.folder / "traces.jsonl").read_text().splitlines()) == 3000
 
 
