@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from prefix import Decoder, Palette, Sampling, load_policy
-from rewards import load_task, prompt_ids
+from rewards import PROMPT_STYLES, load_task, prompt_ids
 from sft import seed_of, write_text
 from vae import find_model, find_vae, require_positive, run_main
 
@@ -80,7 +80,8 @@ def greedy_accuracy(decoder, tokenizer, task, args, ranks):
 def arms_of(names, domains, temperature):
     """{arm: (prefix source, temperature)}; names: "all", or some of them."""
     arms = {"greedy": ("none", 0.0), "sampling": ("none", temperature), "noise": ("noise", 0.0), "gauss": ("gauss", 0.0),
-            "latent": ("prior", 0.0), "latent + sampling": ("prior", temperature), **{domain: (domain, 0.0) for domain in domains}}
+            "latent": ("prior", 0.0), "latent + sampling": ("prior", temperature)}
+    arms.update({domain: (domain, 0.0) for domain in domains})
     if names == ["all"]:
         return arms
     unknown = [name for name in names if name not in arms]
@@ -103,23 +104,24 @@ def run_arms(model, tokenizer, task, vae, args):
             began = time.time()
             palette = Palette(vae, table, source, args.length, not args.independent) if source != "none" else None
             sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
-            results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, counts[name], args.seed, args.prompt, bar.update)
+            results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, counts[name], args.seed, args.prompt,
+                                   bar.update)
             bar.set_postfix_str(f"{name}: {time.time() - began:.1f} s")
     return results
 
 
 def score(samples, ks):
-    """The figures of one arm from its samples: {"pass@k": [mean, standard error], ...}. Greedy without prefix has one sample
+    """The figures of one arm from its samples: {"pass@k": (mean, standard error), "answered": share, ...}.
 
-    a question; its further samples would be the same, so its pass@k is its pass@1.
+    Greedy without prefix has one sample a question; more would be the same, so its pass@k is its pass@1.
     """
     by_question = {}
     for sample in samples:
         by_question.setdefault(sample["question"], []).append(sample)
     row = {}
+    correct = [(len(group), int(sum(s["accuracy"] for s in group))) for group in by_question.values()]
     for k in ks:
-        row[f"pass@{k}"] = mean_and_error([pass_at_k(len(group), int(sum(s["accuracy"] for s in group)), k if len(group) > 1 else 1)
-                                           for group in by_question.values()])
+        row[f"pass@{k}"] = mean_and_error([pass_at_k(n, right, k if n > 1 else 1) for n, right in correct])
     row["answered"] = sum(s["answered"] for s in samples) / len(samples)
     row["tokens"] = sum(s["tokens"] for s in samples) / len(samples)
     row["distinct"] = sum(len({s["completion"] for s in group}) / len(group) for group in by_question.values()) / len(by_question)
@@ -135,8 +137,9 @@ def markdown(figures, ks):
     head = ["arm", *(f"pass@{k}" for k in ks), "answered", "tokens", "distinct", *(["math / code / qa style"] if styles else [])]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, row in figures.items():
-        cells = [name, *("{:.3f} ± {:.3f}".format(*row[f"pass@{k}"]) for k in ks), f"{row['answered']:.2f}", f"{row['tokens']:.1f}",
-                 f"{row['distinct']:.2f}", *([" / ".join(f"{share:.2f}" for share in row["styles"].values())] if styles else [])]
+        cells = [name, *("{:.3f} ± {:.3f}".format(*row[f"pass@{k}"]) for k in ks), f"{row['answered']:.2f}",
+                 f"{row['tokens']:.1f}", f"{row['distinct']:.2f}"]
+        cells += [" / ".join(f"{share:.2f}" for share in row["styles"].values())] if styles else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -184,9 +187,10 @@ def draw_pass_at_k(results, path):
         return None
     figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     dashed = {"greedy", "sampling", "noise", "gauss"}               # without a latent: what the others are held against
+    budget = max(score(samples, [1])["samples"] for samples in results.values())
     for name, samples in results.items():
         most = score(samples, [1])["samples"]
-        ks = [2 ** i for i in range(most.bit_length())] if most > 1 else [1, max(score(s, [1])["samples"] for s in results.values())]
+        ks = [2 ** i for i in range(most.bit_length())] if most > 1 else [1, budget]
         figures = score(samples, ks)
         axis.plot(ks, [figures[f"pass@{k}"][0] for k in ks], "--" if name in dashed else "-", marker="o" if most > 1 else None,
                   markersize=3, label=name)
@@ -218,7 +222,8 @@ def draw_curves(folders, path):
         for axis, name in zip(axes, titles):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if name != "eval_accuracy":                     # 64 rollouts a step are noisy
-                points = [(step, sum(y for _, y in points[max(0, i - 4):i + 1]) / min(i + 1, 5)) for i, (step, _) in enumerate(points)]
+                last = [points[max(0, i - 4):i + 1] for i in range(len(points))]
+                points = [(window[-1][0], sum(y for _, y in window) / len(window)) for window in last]
             axis.plot(*zip(*points) if points else ([], []), color=f"C{labels.index(label)}", alpha=0.8,
                       label=label if label not in axis.get_legend_handles_labels()[1] else None)
     for axis, title in zip(axes, titles.values()):
@@ -239,11 +244,12 @@ def parse_args(argv=None):
     data.add_argument("--vae", default="runs/tiny/vae", help="VAE folder, or none (default: runs/tiny/vae)")
     data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for --test-data (default: tiny)")
     data.add_argument("--test-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
-    data.add_argument("--prompt", choices=("auto", "chat", "plain", "few-shot"), default="auto", help="prompt format (default: auto)")
+    data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
     data.add_argument("--questions", type=int, default=64, help="test questions (default: 64)")
     data.add_argument("--out", default="runs/tiny/evaluation", help="where the results go (default: runs/tiny/evaluation)")
     arms = parser.add_argument_group("arms")
-    arms.add_argument("--arms", nargs="+", default=["all"], help='greedy, sampling, noise, gauss, latent, "latent + sampling", a domain, or all (default: all)')
+    arms.add_argument("--arms", nargs="+", default=["all"], metavar="ARM", help="greedy, sampling, noise, gauss, latent, "
+                      "'latent + sampling', a domain, or all (default: all)")
     arms.add_argument("--samples", type=int, default=32, help="samples a question in every arm but greedy (default: 32)")
     arms.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
     arms.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
@@ -278,9 +284,11 @@ def main(argv=None):
     results = run_arms(model, tokenizer, task, vae, args)
     ks = [k for k in (1, 8, 32) if k <= args.samples]
     figures = {name: score(samples, ks) for name, samples in results.items()}
-    note = (f"{args.model} on {task.name}: {min(args.questions, len(task.test))} questions x {args.samples} samples, L = {args.length} "
-            f"{'independent' if args.independent else 'tiled'}, seed {args.seed}, {time.time() - began:.0f} s on {hardware()}")
-    write_text(out / "samples.jsonl", "".join(json.dumps({"arm": name, **s}) + "\n" for name, rows in results.items() for s in rows))
+    note = (f"{args.model} on {task.name}: {min(args.questions, len(task.test))} questions x {args.samples} samples, "
+            f"L = {args.length} {'independent' if args.independent else 'tiled'}, seed {args.seed}, "
+            f"{time.time() - began:.0f} s on {hardware()}")
+    lines = [json.dumps({"arm": name, **sample}) for name, samples in results.items() for sample in samples]
+    write_text(out / "samples.jsonl", "\n".join(lines) + "\n")
     write_text(out / "results.json", json.dumps({"note": note, "arguments": vars(args), "arms": figures}, indent=1))
     write_text(out / "results.md", f"{markdown(figures, ks)}\n\n{note}\n")
     picture = draw_pass_at_k(results, out / "pass_at_k.png")

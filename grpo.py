@@ -31,8 +31,8 @@ from tqdm import tqdm
 import evaluate
 import sft
 import vae as vae_stage
-from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, micro_batches
-from rewards import load_task, prompt_ids
+from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, load_tokenizer, micro_batches
+from rewards import PROMPT_STYLES, STYLES, load_task, prompt_ids
 from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, seed_of
 from vae import require_positive, run_main
 
@@ -109,6 +109,10 @@ class Rollout:
     def guided(self):
         return self.prefix is not None
 
+    @property
+    def length(self):
+        return len(self.prompt_ids) + len(self.completion_ids) + (len(self.prefix) if self.guided else 0)
+
 
 def rows_of_step(task, step, prompts, seed):
     """The step's rows of the training set: every row once an epoch, each epoch in an order of its own."""
@@ -131,16 +135,21 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
     prefixes, latents = palette.draw(latent_seeds)
     prefixes = [prefix if guided else None for prefix, (_, _, guided) in zip(prefixes, jobs)]
     ids = {p: prompt_ids(asked[p]["question"], tokenizer, task.instruction, args.prompt) for p, _, _ in jobs}
-    longest = max(ids.values(), key=len)
-    if len(longest) > args.max_prompt:
-        raise ValueError(f"a prompt of {len(longest)} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
-                         f"that reads {tokenizer.decode(longest)[:80]!r}")
     completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, sampling_of(args),
                                    [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
     texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
     return [Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text,
                     task.judge(text, asked[p]["answer"], c.finish))
             for (p, _, guided), prefix, latent, c, text in zip(jobs, prefixes, latents, completions, texts)]
+
+
+def check_prompts(task, tokenizer, args):
+    """Raises ValueError for a question whose prompt is over --max-prompt: before the run, not when its turn comes."""
+    for row in task.train + task.test[:args.eval_questions]:
+        length = len(prompt_ids(row["question"], tokenizer, task.instruction, args.prompt))
+        if length > args.max_prompt:
+            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
+                             f"{row['question'][:80]!r}")
 
 
 def sampling_of(args):
@@ -167,8 +176,7 @@ def update(model, optimizer, reference, rollouts, args, ranks):
     """
     weights = token_weights(rollouts, args.mean_over, ranks, args.max_new_tokens)
     live = [i for i, r in enumerate(rollouts) if r.advantage != 0 or reference is not None]
-    lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids) + (len(rollouts[i].prefix) if rollouts[i].guided else 0)
-               for i in live]
+    lengths = [rollouts[i].length for i in live]
     sums = {"loss": 0.0, "tokens": 0, "clipped": 0, "log_ratio": 0.0, "kl": 0.0}
     for group in micro_batches(lengths, args.tokens_per_batch):
         rows = [rollouts[live[i]] for i in group]
@@ -207,7 +215,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     decoder = Decoder(model, slots=args.slots)
     if state["step"] == 0:
         run.log("metrics", {"step": 0, "eval_accuracy": evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)})
-    accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=run.folder.name, disable=not run.writes)
+    accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
+                                   desc=run.folder.name, disable=not run.writes)
     for step in bar:
         began = time.time()
         rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
@@ -235,23 +244,21 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
 
 def summary(rollouts, steps, groups, silent, ranks):
     """One row of metrics over all ranks: means over rollouts, guided and unguided apart, and over updated tokens."""
-    names = ("rollouts", "reward", "length", "answered", "stopped")
+    parts = {"": rollouts, "_guided": [r for r in rollouts if r.guided], "_unguided": [r for r in rollouts if not r.guided]}
     sums = []
-    for guided in (True, False):
-        own = [r for r in rollouts if r.guided == guided]
+    for own in parts.values():
         sums += [len(own), sum(r.rewards["accuracy"] for r in own), sum(len(r.completion_ids) for r in own),
                  sum(r.rewards["answered"] for r in own), sum(r.finish == "stop" for r in own)]
     token_sums = [sum(step[0][name] for step in steps) for name in ("loss", "tokens", "clipped", "log_ratio", "kl")]
     sums = ranks.total(sums + token_sums + [groups, silent, steps[0][0]["log_ratio"], steps[0][0]["tokens"]])
-    guided, unguided, rest = sums[:5], sums[5:10], sums[10:]
-    both = [a + b for a, b in zip(guided, unguided)]
-    row = {name: both[i] / both[0] for i, name in enumerate(names) if i}
-    for label, part in (("guided", guided), ("unguided", unguided)):
-        row.update({f"{name}_{label}": part[i] / part[0] if part[0] else None for i, name in enumerate(names[:3]) if i})
+    row, rest = {"rollouts_guided": int(sums[5])}, sums[15:]
+    for i, label in enumerate(parts):
+        count, *values = sums[5 * i:5 * i + 5]
+        row.update({name + label: value / count if count else None
+                    for name, value in zip(("reward", "length", "answered", "stopped"), values)})
     loss, tokens, clipped, log_ratio, kl, groups, silent, start_sum, start_tokens = rest
     tokens = max(tokens, 1)
-    return {**row, "rollouts_guided": int(guided[0]), "loss": loss / len(steps), "clip_share": clipped / tokens,
-            "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens,
+    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens,
             "gradient_norm": sum(norm for _, norm in steps) / len(steps), "groups_without_signal": int(silent),
             "groups": int(groups)}
 
@@ -271,18 +278,19 @@ def prepare(args, ranks):
     base = args.model
     if args.model == "tiny":
         base = str(root / "base")
-        stage(sft.main, ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"], "sft.py", root / "base/policy/config.json", ranks)
+        argv = ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"]
+        stage(sft.main, argv, "sft.py", root / "base/policy/config.json", ranks)
         args.traces = args.traces or [f"{base}/traces.jsonl"]
     traces = ["--traces", *args.traces] if args.traces else []
     args.vae = args.vae or str(root / "vae")
-    needs_vae = any(schedule != "none" for schedule in args.schedules) or args.arms != "none"
-    if needs_vae:
+    if set(args.schedules) != {"none"} or args.arms != ["none"]:
         stage(vae_stage.main, ["--model", base, "--out", args.vae, "--limit", str(args.limit), *traces], "vae.py",
               Path(args.vae) / "config.json", ranks, rank_0_only=True)
     policies = {}
     for kind in dict.fromkeys("none" if schedule == "none" else "prior" for schedule in args.schedules):
         folder = root / ("sft-none" if kind == "none" else "sft")
-        shared = ["--precision", args.precision, "--device", args.device, "--tokens-per-batch", str(args.tokens_per_batch)]
+        shared = ["--precision", args.precision, "--device", args.device, "--tokens-per-batch", str(args.tokens_per_batch),
+                  "--prompt", "plain" if args.prompt == "few-shot" else args.prompt]
         stage(sft.main, ["--model", base, "--vae", args.vae, "--prefix", kind, "--out", str(folder), "--lr", str(args.sft_lr),
                          "--batch", str(args.sft_batch), "--limit", str(args.limit), "--resume", *traces, *shared], "sft.py",
               folder / "policy/config.json", ranks)
@@ -307,7 +315,8 @@ def stage(main_function, argv, script, done, ranks, rank_0_only=False):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 # Defaults that differ between the tiny world and a real model, whose weights want far smaller steps.
-TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, steps=60, max_new_tokens=34, eval_questions=256, out="runs/tiny")
+TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, steps=60, max_new_tokens=34, eval_questions=256,
+            out="runs/tiny")
 REAL = dict(schedules=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
 # What does not change a run's result, and so may differ when it is resumed.
 NOT_RESULTS = ("schedules", "seeds", "out", "resume", "overwrite", "device", "slots", "tokens_per_batch", "save_every", "arms",
@@ -325,18 +334,19 @@ def parse_args(argv=None):
     data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
     data.add_argument("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
     data.add_argument("--test-data", help="the same for the evaluation on the way (default: the task's own)")
-    data.add_argument("--prompt", choices=("auto", "chat", "plain", "few-shot"), default="auto", help="prompt format (default: auto)")
+    data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
     data.add_argument("--max-prompt", type=int, default=1024, help="longest prompt in tokens, an error above (default: 1024)")
     data.add_argument("--out", help=f"folder of all stages {two('out')}")
     inject = parser.add_argument_group("injection")
-    inject.add_argument("--schedule", nargs="+", dest="schedules", choices=list(SCHEDULES), help=f"rho(tau); one run each {two('schedules')}")
+    inject.add_argument("--schedule", nargs="+", dest="schedules", choices=list(SCHEDULES),
+                        help=f"rho(tau); one run each {two('schedules')}")
     inject.add_argument("--source", default="prior", help=f"of prefixes: {', '.join(SOURCES)} or a domain (default: prior)")
     inject.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
     inject.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
-    inject.add_argument("--latent-per", choices=("rollout", "prompt"), default="rollout", help="who shares a latent (default: rollout)")
+    inject.add_argument("--latent-per", choices=("rollout", "prompt"), default="rollout", help="one z each (default: rollout)")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--algorithm", choices=("grpo", "rloo", "dr-grpo"), default="grpo", help="advantages (default: grpo)")
-    loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="the loss's mean (default: token)")
+    loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="mean of the loss (default: token)")
     loss.add_argument("--clip-low", type=float, default=0.2, help="PPO clip below 1 (default: 0.2)")
     loss.add_argument("--clip-high", type=float, default=0.2, help="PPO clip above 1 (default: 0.2)")
     loss.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
@@ -377,7 +387,8 @@ def parse_args(argv=None):
 def checked(parser, args):
     """Refuse, before any work, what would fail after an hour or train on nothing."""
     require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
-                     "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit", "base_steps")
+                     "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit",
+                     "base_steps")
     if args.group < 2:
         parser.error(f"--group must be at least 2, not {args.group}: {args.algorithm} compares the rollouts of one prompt")
     if args.length < 0:
@@ -386,6 +397,11 @@ def checked(parser, args):
         parser.error("--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
     if args.model != "tiny" and not args.traces and not (args.vae and Path(args.vae, "config.json").is_file()):
         parser.error("--traces is needed to train the VAE and to warm up a model other than tiny")
+    domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces or () if "=" in spec]
+    if args.model == "tiny" or len(domains) == len(args.traces or ()):          # else the rows themselves name the domains
+        if args.source not in (*SOURCES, *domains):
+            parser.error(f"unknown --source '{args.source}': choose one of {', '.join([*SOURCES, *domains])}")
+        evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
     if args.prompts % args.minibatches:
         parser.error(f"--prompts {args.prompts} cannot be split into {args.minibatches} --minibatches")
     return args
@@ -399,6 +415,8 @@ def main(argv=None):
     ranks = Ranks.start(args.device)
     if args.prompts % (ranks.world * args.minibatches):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} --minibatches")
+    if args.model != "tiny":
+        check_prompts(task, load_tokenizer(args.model), args)
     policies, folders = prepare(args, ranks), {}
     for args.schedule in args.schedules:
         for args.seed in args.seeds:
@@ -433,10 +451,10 @@ def finish(args, folders, policies):
     if args.arms != ["none"]:
         policy = policies.get("prior", policies.get("none"))
         print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
-        evaluate.main(["--model", policy, "--vae", args.vae, "--task", args.task, "--prompt", args.prompt, "--out", str(root / "evaluation"),
+        evaluate.main(["--model", policy, "--vae", args.vae, "--task", args.task, "--prompt", args.prompt,
                        "--questions", str(args.arm_questions), "--samples", str(args.arm_samples), "--length", str(args.length),
                        "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots), "--device", args.device,
-                       "--arms", *args.arms, *(["--independent"] if args.independent else []),
+                       "--out", str(root / "evaluation"), "--arms", *args.arms, *(["--independent"] if args.independent else []),
                        *(["--test-data", args.test_data] if args.test_data else [])])
     picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / "curves.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")

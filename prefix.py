@@ -32,22 +32,27 @@ from vae import find_model, find_vae, run_main
 SOURCES = ("none", "prior", "mixture", "noise", "gauss")        # and every domain of the VAE by its name
 
 
-def load_policy(name, device="cpu", dtype=torch.float32):
-    """A causal language model and its tokenizer, ready for rollouts (eval mode, no dropout).
-
-    name: hub name, folder or "tiny". Raises ValueError in one sentence if there is no such model.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.disable_progress_bar()              # loading a shard needs no bar of its own
+def load_tokenizer(name):
+    """The tokenizer of a hub name, folder or "tiny". Raises ValueError in one sentence if there is no such model."""
+    from transformers import AutoTokenizer
     name = find_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, a folder "
-                         "written by save_pretrained, or tiny)") from None
-    return model.to(device).eval(), tokenizer
+        raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, a folder written by "
+                         "save_pretrained, or tiny)") from None
+
+
+def load_policy(name, device="cpu", dtype=torch.float32):
+    """A causal language model and its tokenizer, ready for rollouts (eval mode, no dropout). Errors as load_tokenizer."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()              # loading a shard needs no bar of its own
+    tokenizer = load_tokenizer(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(find_model(name), dtype=dtype).to(device).eval(), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the weights of '{name}': {str(error).splitlines()[0]}") from None
 
 
 class Palette:

@@ -189,8 +189,8 @@ class Run:
                 print(f"{folder} cannot be read ({str(error).splitlines()[0]}): going back to the one before", flush=True)
         if self.writes:
             for path in self.folder.glob("*.jsonl"):
-                kept = [line for line in path.read_text().splitlines() if line.endswith("}") and
-                        json.loads(line).get("step", 0) <= state["step"]]
+                kept = [line for line in path.read_text().splitlines() if line.endswith("}") and state["step"] and
+                        json.loads(line)["step"] <= state["step"]]
                 write_text(path, "".join(line + "\n" for line in kept))
         self.ranks.wait()
         return state
@@ -377,7 +377,8 @@ def style_leak(model, tokenizer, questions=512):
 
     How rare the good strategies are decides what exploration can gain, so it is measured and printed, not assumed.
     """
-    rows = torch.tensor([prompt_ids(row["question"], tokenizer) for row in tiny_task(0, questions).test if row["family"] == "arith"])
+    asked = [row["question"] for row in tiny_task(0, questions).test if row["family"] == "arith"]
+    rows = torch.tensor([prompt_ids(question, tokenizer) for question in asked])                       # [N, T], all one length
     first = model(input_ids=rows).logits[:, -1].softmax(-1).mean(0)                                    # [V]
     openings = {"math": "step first then next", "code": "x run exec call", "qa": "i"}
     return {style: first[tokenizer.convert_tokens_to_ids(openings[style].split())].sum().item() for style in STYLES}
@@ -431,7 +432,8 @@ def main(argv=None):
     vae = None if args.prefix in ("none", "noise") else find_vae(args.vae, args.model)
     model, tokenizer = load_policy(args.model, ranks.device)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
-    run = Run(args.out, {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}, ranks, args.resume, args.overwrite)
+    config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
+    run = Run(args.out, config, ranks, args.resume, args.overwrite)
     if not run.finished:
         warmup(model, tokenizer, traces, palette, run, args)
     if ranks.rank == 0:
@@ -442,8 +444,8 @@ def add_machine_flags(parser, tokens_per_batch, save_every):
     """The flags that every training script has: where it runs, in which pieces, and what becomes of its run folder."""
     group = parser.add_argument_group("machine and run folder")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forward passes (default: fp32)")
-    group.add_argument("--tokens-per-batch", type=int, default=tokens_per_batch, help="tokens in a micro-batch (default: %(default)s)")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forwards (default: fp32)")
+    group.add_argument("--tokens-per-batch", type=int, default=tokens_per_batch, help="of a micro-batch (default: %(default)s)")
     group.add_argument("--save-every", type=int, default=save_every, help="steps between checkpoints (default: %(default)s)")
     group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")

@@ -55,13 +55,14 @@ def _jsonl_rows(source, limit):
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[:limit], 1):
+    # split at "\n" alone: str.splitlines would also cut at U+2028 and its like, which JSON allows inside a string
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:limit], 1):
         if not line.strip():
             continue
         try:
             yield f"{source}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}, line {number}: not JSON ({error.msg})") from None
+        except ValueError as error:             # not JSON, or not UTF-8
+            raise ValueError(f"{source}, line {number}: not JSON ({error})") from None
 
 
 def _hub_rows(source, limit):
@@ -99,7 +100,8 @@ def find_model(name):
         if not (Path(name) / "policy" / "config.json").is_file():
             print(f"building {name}: python sft.py pretrain --resume", flush=True)
             alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            subprocess.run([sys.executable, str(Path(__file__).with_name("sft.py")), "pretrain", "--resume"], check=True, env=alone)
+            script = str(Path(__file__).with_name("sft.py"))
+            subprocess.run([sys.executable, script, "pretrain", "--resume"], check=True, env=alone)
     policy = Path(name) / "policy"
     return str(policy) if (policy / "config.json").is_file() else name
 
@@ -148,7 +150,8 @@ class VAE(nn.Module):
     def __init__(self, width, latent=8, hidden=128, domains=(), gauss_rank=0, anchors=0):
         super().__init__()
         self.latent, self.domains = latent, list(domains)
-        self.settings = dict(width=width, latent=latent, hidden=hidden, domains=self.domains, gauss_rank=gauss_rank, anchors=anchors)
+        self.settings = dict(width=width, latent=latent, hidden=hidden, domains=self.domains, gauss_rank=gauss_rank,
+                             anchors=anchors)
         self.encoder = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.GELU(), nn.Linear(hidden, width))
         shapes = {"mean": (width,), "scale": (), "domain_mean": (len(self.domains), latent),
@@ -378,8 +381,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    tokenizer, table = load_embeddings(args.model)
+    name = find_model(args.model)
     traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
+    tokenizer, table = load_embeddings(name)
     vae = train_vae(traces, tokenizer, table, args.out, args.latent, args.hidden, args.beta, args.epochs, args.batch, args.lr,
                     args.seed)
     print(json.dumps(json.loads((Path(args.out) / "config.json").read_text())["report"], indent=1))

@@ -7,7 +7,8 @@ Nothing is picked: a base on which a claim fails stands in the table like the ot
     python tests/bench_tiny_world.py                  # 5 bases x 3 RL seeds, two processes of one thread
     python tests/bench_tiny_world.py --quick          # one base, hardly trained: checks the script, not the claims
 
-Resumable: what is finished under --out is used as it is. Ends with one line of JSON.
+Resumable: what is finished under --out is used as it is. Ends with one line of JSON. `--write` puts the figures into
+tests/tiny_world.json and the table into README.md (a test checks that the two agree).
 """
 import argparse
 import json
@@ -20,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 
 
@@ -42,6 +44,7 @@ def read(out):
     load = lambda name: json.loads((out / name).read_text())
     pretraining = [json.loads(line) for line in (out / "base" / "metrics.jsonl").read_text().splitlines()][-1]
     arms = load("evaluation/results.json")["arms"]
+    arms = {name: {key: row[key] for key in row if key.startswith("pass@") or key == "styles"} for name, row in arms.items()}
     return {"leak": {style: pretraining[f"leak_{style}"] for style in ("math", "code")}, "arms": arms,
             "control": {domain: arms[domain]["styles"][domain] for domain in ("math", "code", "qa")},
             "rl": load("grpo-prior.json"), "rl_noise": load("grpo-noise.json")}
@@ -61,6 +64,20 @@ def table(figures):
         for schedule in figures[bases[0]][key]:
             add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f} ± {f[key][schedule]['std']:.3f}")
     return "\n".join(lines)
+
+
+def page(figures, note):
+    """What stands in README.md: the table, the count of every claim, and how it was measured."""
+    counts = [f"- {name}: on {count} of {len(figures)} bases" for name, count in claims(figures).items()]
+    return "\n".join([table(figures), "", *counts, "", note])
+
+
+def write(figures, note):
+    """Replace the part of README.md between the markers, and the JSON that it is checked against."""
+    (ROOT / "tests" / "tiny_world.json").write_text(json.dumps({"note": note, "figures": figures}, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(START)
+    readme.write_text(before + START + "\n" + page(figures, note) + "\n" + END + rest.split(END)[1])
 
 
 def claims(figures):
@@ -84,6 +101,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="RL seeds (default: 0 1 2)")
     parser.add_argument("--jobs", type=int, default=2, help="bases at a time (default: 2)")
     parser.add_argument("--out", default="runs/tiny-world", help="where everything goes (default: runs/tiny-world)")
+    parser.add_argument("--write", action="store_true", help="put the figures into README.md and tests/tiny_world.json")
     parser.add_argument("--quick", action="store_true", help="one base, one seed, a minute's worth of training at most")
     args = parser.parse_args()
     if args.quick:
@@ -92,14 +110,13 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = dict(zip(args.bases, pool.map(lambda base: run_base(base, args), args.bases)))
     figures = {base: read(out) for base, out in folders.items()}
-    held = claims(figures)
-    print(table(figures))
-    print("\n" + "\n".join(f"- {name}: on {count} of {len(figures)} bases" for name, count in held.items()))
-    print(f"\n{len(args.bases)} bases x {len(args.seeds)} RL seeds, {time.time() - began:.0f} s with {args.jobs} processes of one thread "
-          f"on {os.cpu_count()} CPU cores, {date.today()}\n")
-    print(json.dumps({"bases": {str(base): {"control": f["control"], "leak": f["leak"], "rl": f["rl"], "rl_noise": f["rl_noise"],
-                                            "pass@8": {arm: f["arms"][arm].get("pass@8") for arm in ARMS}}
-                                for base, f in figures.items()}, "claims": held}))
+    note = (f"{len(args.bases)} bases x {len(args.seeds)} RL seeds; {os.cpu_count()} CPU cores, {args.jobs} processes of one thread, "
+            f"{(time.time() - began) / 60:.0f} minutes; {date.today()}; mean ± standard deviation over RL seeds.")
+    print(page(figures, note))
+    if args.write:
+        write(figures, note)
+    print(json.dumps({"claims": claims(figures), "bases": figures}))
+
 
 
 if __name__ == "__main__":

@@ -99,6 +99,12 @@ def test_rows_of_gsm8k_and_of_maths_sets(tmp_path):
     assert load_rows(str(path)) == [{"question": "q", "answer": "1,200"}, {"question": "p", "answer": "7"}]
 
 
+def test_unicode_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a\u2028b", "answer": "1"}\n', encoding="utf-8")
+    assert load_rows(str(path)) == [{"question": "a\u2028b", "answer": "1"}]
+
+
 @pytest.mark.parametrize("content, message", [
     ('{"question": "q", "answer": "1"}\nnonsense\n', "line 2: not JSON"), ('{"question": "q"}\n', "line 1: no 'answer'"),
     ('{"question": "", "answer": "1"}\n', "line 1: no 'question'"), ("3\n", "line 1: no 'question'"), ("", "no rows"),

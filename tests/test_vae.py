@@ -142,6 +142,15 @@ def test_traces_take_their_domain_from_the_flag_or_the_row_and_stop_at_the_limit
         load_traces(["math=nowhere.jsonl"])
 
 
+def test_unicode_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"question": "a\u2028b", "answer": "c\u0085d", "domain": "x"}\n', encoding="utf-8")
+    assert load_traces([str(path)])[0]["question"] == "a\u2028b"
+    path.write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON.*utf-8"):
+        load_traces([str(path)])
+
+
 def test_a_missing_or_damaged_vae_is_one_sentence(tmp_path, tokenizer, traces, model):
     with pytest.raises(ValueError, match="no VAE in"):
         VAE.load(tmp_path)
