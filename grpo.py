@@ -5,13 +5,11 @@ How this loop departs from the GRPO paper, and from Reasoning Palette where that
      rho * G is rounded at random so that it is right on average; every guided rollout draws its own z (the paper draws one
      per prompt: --latent-per prompt), because a group that shares one strategy cannot compare strategies.
   2. The log-probs in the loss are conditioned on the same prefix that was sampled under (Eq. 14), at the same temperature
-     and with the same filters.
-  3. The old log-probs are the ones the decoder sampled from: there is no second forward pass for them. They equal the
-     training forward to 1e-5, which is logged as log_ratio_start.
-  4. The KL term to a reference is off by default, and then no reference model is held.
-
-Everything random is a pure function of (seed, step, prompt, rollout): a resumed run needs no generator state, and N ranks
-sample what one rank would.
+     and with the same filters. The old ones are what the decoder sampled from: no second forward pass makes them
+     (log_ratio_start in the metrics says how far the two differ).
+  3. The KL term to a reference is off by default, and then no reference model is held.
+  4. Everything random is a pure function of (seed, step, prompt, rollout): a resumed run needs no generator state, and N
+     ranks sample what one rank would.
 
 Run it (the first command builds all that is missing: base model, VAE, warm-up):
     python grpo.py                                          # the tiny world, three schedules, a table at the end
@@ -323,9 +321,12 @@ NOT_RESULTS = ("schedules", "seeds", "out", "resume", "overwrite", "device", "sl
                "arm_questions", "arm_samples", "base_seed", "base_steps", "sft_lr", "sft_batch", "limit")
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    two = lambda name: f"(default: {TINY[name]} for tiny, {REAL[name]} otherwise)"
+def two(name):
+    """The default of a flag in --help, where it depends on the model."""
+    return f"(default: {TINY[name]} for tiny, {REAL[name]} otherwise)"
+
+
+def add_model_flags(parser):
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
     data.add_argument("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
@@ -335,7 +336,7 @@ def parse_args(argv=None):
     data.add_argument("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
     data.add_argument("--test-data", help="the same for the evaluation on the way (default: the task's own)")
     data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
-    data.add_argument("--max-prompt", type=int, default=1024, help="longest prompt in tokens, an error above (default: 1024)")
+    data.add_argument("--max-prompt", type=int, default=1024, help="longest prompt allowed, in tokens (default: 1024)")
     data.add_argument("--out", help=f"folder of all stages {two('out')}")
     inject = parser.add_argument_group("injection")
     inject.add_argument("--schedule", nargs="+", dest="schedules", choices=list(SCHEDULES),
@@ -352,6 +353,9 @@ def parse_args(argv=None):
     loss.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
     loss.add_argument("--epochs", type=int, default=1, help="passes over each batch of rollouts (default: 1)")
     loss.add_argument("--minibatches", type=int, default=1, help="updates per pass (default: 1)")
+
+
+def add_training_flags(parser):
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, help=f"batches of rollouts {two('steps')}")
     training.add_argument("--prompts", type=int, default=8, help="prompts per step, over all ranks (default: 8)")
@@ -374,6 +378,12 @@ def parse_args(argv=None):
     measure.add_argument("--arms", nargs="+", default=["all"], help="arms of the table at the end, or none (default: all)")
     measure.add_argument("--arm-questions", type=int, default=64, help="test questions of the arms (default: 64)")
     measure.add_argument("--arm-samples", type=int, default=32, help="samples a question in every arm (default: 32)")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_flags(parser)
+    add_training_flags(parser)
     sft.add_machine_flags(parser, tokens_per_batch=8192, save_every=20)
     args = parser.parse_args(argv)
     for name, value in (TINY if args.model == "tiny" else REAL).items():
@@ -458,10 +468,9 @@ def finish(args, folders, policies):
                        *(["--test-data", args.test_data] if args.test_data else [])])
     picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / "curves.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
-    name = f"{args.algorithm}-{args.source}"
-    print(evaluate.rl_table(root, name, folders))
-    print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*; pictures: "
-          f"{', '.join(map(str, filter(None, (picture, *root.glob('*/*.png'))))) or 'none (matplotlib is missing)'}")
+    print(evaluate.rl_table(root, f"{args.algorithm}-{args.source}", folders))
+    pictures = [str(path) for path in (picture, *sorted(root.glob("*/*.png"))) if path]
+    print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
 
 
 if __name__ == "__main__":
