@@ -466,9 +466,10 @@ def finish(args, folders, policies):
                        "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots), "--device", args.device,
                        "--out", str(root / "evaluation"), "--arms", *args.arms, *(["--independent"] if args.independent else []),
                        *(["--test-data", args.test_data] if args.test_data else [])])
-    picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / "curves.png")
+    name = f"{args.algorithm}-{args.source}"
+    picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
-    print(evaluate.rl_table(root, f"{args.algorithm}-{args.source}", folders))
+    print(evaluate.rl_table(root, name, folders))
     pictures = [str(path) for path in (picture, *sorted(root.glob("*/*.png"))) if path]
     print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
 

@@ -1,17 +1,29 @@
 """The policy under a prefix: latent z -> prefix embeddings, prefix -> rollout, rollout -> log-probs (Sec. 3.3).
 
-Three parts, in reading order:
-  1. the palette: where prefixes come from (the prior, one domain, a fixed z, and the controls without a VAE);
-  2. the batched decoder: generation with a KV cache where every row has its own prefix, or none;
-  3. log-probs of completions under their prefixes, for training: the same numbers the decoder sampled from.
+Three parts: 1. the palette, where prefixes come from; 2. the batched decoder, where every row has a prefix of its own, or
+none; 3. log-probs of completions under their prefixes, for training: the same numbers the decoder sampled from.
 
-The layout of a row is everywhere [pads | prefix | prompt | completion | pads]: the prefix stands right before the prompt,
-never before the pads, and position 0 is the row's first real slot.
+A row is everywhere [prefix | prompt | completion | pads]: L prefix embeddings (any L per row, also 0), then token ids. The
+prefix stands right before the prompt, never before pads, and position 0 is the row's first real slot.
+
+How the decoder works. `generate` of transformers can read such rows (`inputs_embeds`), but pads all to the longest and drags
+finished rows along until the last one ends. `Decoder` makes the same numbers with less work:
+  1. Slots. The KV cache [slots, layers, 2, columns, kv_heads, head_dim] is allocated once. A row lives in one slot, its i-th
+     position in column i: no pads are stored, and a row can be moved or copied to another slot as it is.
+  2. Admit. A waiting row takes a free slot; all but its last prompt token run through the layers at once (prefill). Rows of
+     equal prompt and prefix (a GRPO group) are prefilled once and copied.
+  3. Step. One token per live row, the last prompt token first: write its key and value to (slot, position), attend to
+     columns <= position, sample the next token, note it and its log-prob. Buffers change in place; nothing grows.
+  4. Retire. Ended rows leave, the last live rows move into their slots (the live ones always are 0..n-1), and waiting rows
+     are admitted once an eighth of the slots is free. One long row holds nobody up.
+A token is picked by a hash of (row's seed, token's index), so it depends on no neighbour, slot or order. On CUDA, n and the
+attended width are rounded up to a few sizes, each replayed as a CUDA graph, and the host looks for ended rows every 8 steps
+only; the CPU runs the same code eagerly.
 
 Departs from the paper: the VLM's GPT-style prefix decoder is not here yet; "tiled" (one z repeated L times) is the default,
-because independent draws average out at large L (measured on the tiny world; `--independent` is the alternative in Eq. 9).
+because independent draws average out at large L (`--independent` is the alternative of Eq. 9).
 
-Run it (greedy answers of one question under several latents):
+Run it (greedy answers to one question under several latents):
     python prefix.py                                                       # the tiny world; makes what is missing
     python prefix.py --model Qwen/Qwen3-0.6B --vae runs/qwen/vae --prompt "What is 17 * 23?"
 """
@@ -19,6 +31,7 @@ import argparse
 import math
 from collections import deque, namedtuple
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +126,9 @@ class Palette:
             else self.vae.domains.index(self.source)
         return self.vae.domain_mean[domain] + z @ self.vae.domain_factor[domain]
 
+
+# ------------------------------------------------------------------------------------------------------------------------
+# 2. The batched decoder
 
 FAMILIES = ("qwen3", "qwen2", "llama")
 DROPPED = -1e30  # the logit of a filtered token: its exp is exactly 0 and, unlike with -inf, 0 * DROPPED is not NaN
@@ -279,14 +295,13 @@ class Decoder:
             return
         self.slots, self.columns, self.graphs, self.cache = max(self.slots, min(slots, rows)), columns, {}, None
 
-        def new(*shape, dtype=torch.long):
-            return torch.zeros(self.slots, *shape, dtype=dtype, device=device)
-
-        self.cache = new(layers, 2, columns, self.kv, dim, dtype=self.weight.dtype)
-        self.token, self.pos, self.stop, self.live = new(), new(), new(), new(dtype=torch.bool)
-        self.ids, self.logprobs, self.u = new(columns), new(columns, dtype=torch.float), new(columns, dtype=torch.float)
+        new = partial(torch.zeros, device=device)
+        self.cache = new(self.slots, layers, 2, columns, self.kv, dim, dtype=self.weight.dtype)
+        self.token, self.pos, self.stop = new(3, self.slots, dtype=torch.long)
+        self.live, self.ids = new(self.slots, dtype=torch.bool), new(self.slots, columns, dtype=torch.long)
+        self.logprobs, self.u = new(2, self.slots, columns, dtype=torch.float)  # u: the number that picks a token
         self.slot, self.column = (torch.arange(count, device=device) for count in (self.slots, columns))
-        self.is_end = torch.zeros(len(self.weight), dtype=torch.bool, device=device)
+        self.is_end = new(len(self.weight), dtype=torch.bool)
         self.is_end[self.eos_ids] = True
         # [columns, D]; "rotate half" flips the sign of its first half, which the sine takes over
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :dim // 2], sin[0, :, dim // 2:]], -1)
@@ -336,8 +351,9 @@ class Decoder:
             self.graphs[size] = None
             return self._step(*size)
         if self.graphs[size] is None:
+            pool = next((graph.pool() for graph in self.graphs.values() if graph), None)  # they take turns: one memory
             self.graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[size]):
+            with torch.cuda.graph(self.graphs[size], pool=pool):
                 self._step(*size)
         self.graphs[size].replay()
 
@@ -377,16 +393,12 @@ class Decoder:
                 state[holes] = state[movers]
         for hole, mover in zip(holes, movers):
             jobs[hole] = jobs[mover]
-        self.live[n:] = False
         return jobs[:n], width
 
     @torch.inference_mode()
     def generate(self, prompts, prefixes=None, sampling=Sampling(), seeds=None, progress=None):
-        """One Completion per prompt (a list of tokens), in the order given.
-
-        prefixes: [L, d] or None per row. seeds: one int per row (None: from torch's generator). progress: called with
-        the number of rows that just ended.
-        """
+        """One Completion per prompt (a list of tokens), in the order given. prefixes: [L, d] or None per row; seeds: an
+        int per row (None: from torch's generator); progress: called with the number of rows that just ended."""
         seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
         queue, results, jobs, width = [], [None] * len(prompts), [], 0
         for row, prefix in enumerate(check_rows(self.model, prompts, prefixes, seeds)):
@@ -412,6 +424,9 @@ class Decoder:
                 progress(started - len(jobs))
         return results
 
+
+# ------------------------------------------------------------------------------------------------------------------------
+# 3. Log-probs under a prefix, for training
 
 class HeadLogProb(torch.autograd.Function):
     """hidden [N, d], the head's weight [V, d], targets [N] -> their log-probs [N] and the distributions' entropies [N].

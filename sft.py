@@ -301,10 +301,8 @@ def tiny_model(seed=0):
 
 
 def tiny_batch(seed, step, batch, length, word_id, table):
-    """Documents of one step: ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights [B, T].
-
-    weights: 1 where the word is to be predicted; 0 in titles and inside questions, which hold nothing to learn.
-    """
+    """Documents of one step: ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights [B, T]: 1
+    where the word is to be predicted, 0 in titles and inside questions, which hold nothing to learn."""
     rng = random.Random(seed_of(seed, "document", step))
     documents = [tiny_document(rng, length) for _ in range(batch)]
     ids = torch.tensor([[word_id[word] for word in words] for words, _, _ in documents])               # [B, T]
@@ -346,13 +344,13 @@ def _pretrain(run, seed, steps, batch, length, save_every):
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)]
-    peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    peak = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     start = run.restore(model, optimizers)["step"]
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="pretraining the tiny base")
     for step in bar:
         warm, cool = (step + 1) / 30, 0.03 + 1.6 * (1 - step / steps)      # up over 30 steps, flat, then down from 40% on
-        for group, lr in zip([g for o in optimizers for g in o.param_groups], peak):
-            group["lr"] = lr * min(1.0, warm, cool)
+        for optimizer, lr in zip(optimizers, peak):
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, warm, cool)
         ids, embeddings, weights = tiny_batch(seed, step, batch, length, word_id, table)
         logits = model(inputs_embeds=embeddings).logits[:, :-1]                                        # [B, T-1, V]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -373,10 +371,8 @@ def _pretrain(run, seed, steps, batch, length, save_every):
 
 @torch.no_grad()
 def style_leak(model, tokenizer, questions=512):
-    """Mean probability of each style's opening words where an answer to arithmetic begins, without any context.
-
-    How rare the good strategies are decides what exploration can gain, so it is measured and printed, not assumed.
-    """
+    """Mean probability of each style's opening words where an answer to arithmetic begins, without any context: how rare the
+    good strategies are decides what exploration can gain, so it is measured and printed, not assumed."""
     asked = [row["question"] for row in tiny_task(0, questions).test if row["family"] == "arith"]
     rows = torch.tensor([prompt_ids(question, tokenizer) for question in asked])                       # [N, T], all one length
     first = model(input_ids=rows).logits[:, -1].softmax(-1).mean(0)                                    # [V]

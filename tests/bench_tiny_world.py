@@ -13,6 +13,7 @@ tests/tiny_world.json and the table into README.md (a test checks that the two a
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -72,9 +73,12 @@ def page(figures, note):
     return "\n".join([table(figures), "", *counts, "", note])
 
 
-def write(figures, note):
-    """Replace the part of README.md between the markers, and the JSON that it is checked against."""
+def write(figures, note, out):
+    """Replace the part of README.md between the markers, the JSON that it is checked against, and the first base's pictures."""
     (ROOT / "tests" / "tiny_world.json").write_text(json.dumps({"note": note, "figures": figures}, indent=1) + "\n")
+    for name, picture in (("evaluation/pass_at_k.png", "pass_at_k.png"), ("grpo-prior.png", "learning_curves.png"),
+                          ("vae/latents.png", "latents.png")):
+        shutil.copy(out / f"base-{next(iter(figures))}" / name, ROOT / "tutorials" / f"tiny_world_{picture}")
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(START)
     readme.write_text(before + START + "\n" + page(figures, note) + "\n" + END + rest.split(END)[1])
@@ -114,7 +118,7 @@ def main():
             f"{(time.time() - began) / 60:.0f} minutes; {date.today()}; mean ± standard deviation over RL seeds.")
     print(page(figures, note))
     if args.write:
-        write(figures, note)
+        write(figures, note, Path(args.out))
     print(json.dumps({"claims": claims(figures), "bases": figures}))
 
 
