@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from prefix import Decoder, Palette, Sampling, load_policy
-from rewards import PROMPT_STYLES, load_task, prompt_ids
+from prefix import Decoder, Palette, Sampling, load_policy, texts_of
+from rewards import PROMPT_STYLES, load_task, prompt_ids, stop_strings
 from sft import seed_of, write_text
 from vae import find_model, find_vae, require_positive, run_main
 
@@ -54,15 +54,15 @@ def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, pro
     """`samples` judged answers to each of `rows`, each under a prefix of its own if a palette is given.
 
     Seeds depend on the question's text and the sample's number alone, so neither the order of the questions nor a split over
-    ranks changes an answer. Returns one dict a sample: question, gold, sample, completion, accuracy, answered, finish,
-    tokens, and style where the task names styles.
+    ranks changes an answer. Returns one dict a sample: question, gold, sample, completion, the task's rewards by name,
+    finish, tokens, and style where the task names styles.
     """
     jobs = [(row, s) for row in rows for s in range(samples)]
     prompts = {row["question"]: prompt_ids(row["question"], tokenizer, task.instruction, prompt_style) for row in rows}
     prefixes = palette and palette.draw([seed_of(seed, "prefix", row["question"], s) for row, s in jobs])[0]
     completions = decoder.generate([prompts[row["question"]] for row, _ in jobs], prefixes, sampling,
                                    [seed_of(seed, "token", row["question"], s) for row, s in jobs], progress)
-    texts = tokenizer.batch_decode([completion.ids for completion in completions], skip_special_tokens=True)
+    completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, prompt_style))
     return [{"question": row["question"], "gold": row["answer"], "sample": s, "completion": text,
              **task.judge(text, row["answer"], completion.finish), "finish": completion.finish, "tokens": len(completion.ids),
              **({"style": task.style(text)} if task.style else {})}

@@ -29,8 +29,8 @@ from tqdm import tqdm
 import evaluate
 import sft
 import vae as vae_stage
-from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, load_tokenizer, micro_batches
-from rewards import PROMPT_STYLES, STYLES, load_task, prompt_ids
+from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, load_tokenizer, micro_batches, texts_of
+from rewards import PROMPT_STYLES, STYLES, load_task, overlong, prompt_ids, stop_strings
 from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, seed_of
 from vae import require_positive, run_main
 
@@ -100,7 +100,8 @@ class Rollout:
     prefix: torch.Tensor | None
     latent: torch.Tensor | None
     text: str
-    rewards: dict
+    rewards: dict                   # by name
+    reward: float                   # their weighted sum
     advantage: float = 0.0
 
     @property
@@ -135,10 +136,14 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
     ids = {p: prompt_ids(asked[p]["question"], tokenizer, task.instruction, args.prompt) for p, _, _ in jobs}
     completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, sampling_of(args),
                                    [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
-    texts = tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
-    return [Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text,
-                    task.judge(text, asked[p]["answer"], c.finish))
-            for (p, _, guided), prefix, latent, c, text in zip(jobs, prefixes, latents, completions, texts)]
+    completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, args.prompt))
+    rollouts = []
+    for (p, _, guided), prefix, latent, c, text in zip(jobs, prefixes, latents, completions, texts):
+        rewards = task.judge(text, asked[p]["answer"], c.finish)
+        rewards["overlong"] = overlong(len(c.ids), args.max_new_tokens, args.max_new_tokens // 5)
+        reward = sum(weight * rewards[name] for name, weight in args.reward.items())
+        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text, rewards, reward))
+    return rollouts
 
 
 def check_prompts(task, tokenizer, args):
@@ -196,7 +201,7 @@ def update(model, optimizer, reference, rollouts, args, ranks):
 
 def set_advantages(rollouts, args):
     """Fill in each rollout's advantage within its group. Returns (groups, groups without reward variance)."""
-    rewards = torch.tensor([r.rewards["accuracy"] for r in rollouts]).view(-1, args.group)                 # [P, G]
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                 # [P, G]
     values = advantages(rewards, args.algorithm)
     values[rewards.std(1) == 0] = 0.0                       # exactly: no backward pass for rounding errors
     for rollout, value in zip(rollouts, values.flatten().tolist()):
@@ -243,18 +248,18 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
 def summary(rollouts, steps, groups, silent, ranks):
     """One row of metrics over all ranks: means over rollouts, guided and unguided apart, and over updated tokens."""
     parts = {"": rollouts, "_guided": [r for r in rollouts if r.guided], "_unguided": [r for r in rollouts if not r.guided]}
-    sums = []
+    names, sums = ["reward", "length", "stopped", *rollouts[0].rewards], []
     for own in parts.values():
-        sums += [len(own), sum(r.rewards["accuracy"] for r in own), sum(len(r.completion_ids) for r in own),
-                 sum(r.rewards["answered"] for r in own), sum(r.finish == "stop" for r in own)]
+        values = [[r.reward, len(r.completion_ids), r.finish == "stop", *r.rewards.values()] for r in own]
+        sums += [len(own), *(sum(column) for column in zip(*values))] if own else [0] * (len(names) + 1)
     token_sums = [sum(step[0][name] for step in steps) for name in ("loss", "tokens", "clipped", "log_ratio", "kl")]
     sums = ranks.total(sums + token_sums + [groups, silent, steps[0][0]["log_ratio"], steps[0][0]["tokens"]])
-    row, rest = {"rollouts_guided": int(sums[5])}, sums[15:]
+    width, row = len(names) + 1, {}
     for i, label in enumerate(parts):
-        count, *values = sums[5 * i:5 * i + 5]
-        row.update({name + label: value / count if count else None
-                    for name, value in zip(("reward", "length", "answered", "stopped"), values)})
-    loss, tokens, clipped, log_ratio, kl, groups, silent, start_sum, start_tokens = rest
+        count, *values = sums[width * i:width * (i + 1)]
+        row.update({"rollouts" + label: int(count), **{name + label: value / count if count else None
+                                                       for name, value in zip(names, values)}})
+    loss, tokens, clipped, log_ratio, kl, groups, silent, start_sum, start_tokens = sums[3 * width:]
     tokens = max(tokens, 1)
     return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens,
             "gradient_norm": sum(norm for _, norm in steps) / len(steps), "groups_without_signal": int(silent),
@@ -264,7 +269,7 @@ def summary(rollouts, steps, groups, silent, ranks):
 def sample_row(rollout, step, source):
     """What samples.jsonl keeps of a rollout: enough to read it, and to rebuild its prefix."""
     return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text, **rollout.rewards,
-            "advantage": rollout.advantage, "finish": rollout.finish, "prefix": source if rollout.guided else "none",
+            "reward": rollout.reward, "advantage": rollout.advantage, "finish": rollout.finish, "prefix": source if rollout.guided else "none",
             "latent": rollout.latent.tolist() if rollout.latent is not None else None}
 
 
@@ -316,6 +321,7 @@ def stage(main_function, argv, script, done, ranks, rank_0_only=False):
 TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, steps=60, max_new_tokens=34, eval_questions=256,
             out="runs/tiny")
 REAL = dict(schedules=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
+REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and collect give, by name
 # What does not change a run's result, and so may differ when it is resumed.
 NOT_RESULTS = ("schedules", "seeds", "out", "resume", "overwrite", "device", "slots", "tokens_per_batch", "save_every", "arms",
                "arm_questions", "arm_samples", "base_seed", "base_steps", "sft_lr", "sft_batch", "limit")
@@ -345,7 +351,9 @@ def add_model_flags(parser):
     inject.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
     inject.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
     inject.add_argument("--latent-per", choices=("rollout", "prompt"), default="rollout", help="one z each (default: rollout)")
-    loss = parser.add_argument_group("loss")
+    loss = parser.add_argument_group("reward and loss")
+    loss.add_argument("--reward", nargs="+", default=["accuracy=1"], metavar="NAME=WEIGHT",
+                      help=f"the reward is their weighted sum; names: {', '.join(REWARDS)} (default: accuracy=1)")
     loss.add_argument("--algorithm", choices=("grpo", "rloo", "dr-grpo"), default="grpo", help="advantages (default: grpo)")
     loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="mean of the loss (default: token)")
     loss.add_argument("--clip-low", type=float, default=0.2, help="PPO clip below 1 (default: 0.2)")
@@ -399,6 +407,12 @@ def checked(parser, args):
     require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
                      "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit",
                      "base_steps")
+    try:
+        args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
+    except ValueError:
+        parser.error(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}")
+    for name in set(args.reward) - set(REWARDS):
+        parser.error(f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
     if args.group < 2:
         parser.error(f"--group must be at least 2, not {args.group}: {args.algorithm} compares the rollouts of one prompt")
     if args.length < 0:

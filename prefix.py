@@ -424,6 +424,25 @@ class Decoder:
                 progress(started - len(jobs))
         return results
 
+def texts_of(completions, tokenizer, stops=()):
+    """(completions, texts without special tokens), each cut at the first of the `stops` strings that it holds.
+
+    The token that completes the string is a completion's last; the text ends before the string. What was sampled after it is
+    dropped with its log-probs, so the kept tokens have the probabilities they were sampled with.
+    """
+    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    cut, texts = [], []
+    for completion in completions:
+        text = decode(completion.ids)
+        if any(stop in text for stop in stops):
+            n = next(n for n in range(1, len(completion.ids) + 1) if any(stop in decode(completion.ids[:n]) for stop in stops))
+            completion = Completion(completion.ids[:n], completion.logprobs[:n], "stop")
+            text = decode(completion.ids)
+            text = text[:min(text.index(stop) for stop in stops if stop in text)]
+        cut.append(completion)
+        texts.append(text)
+    return cut, texts
+
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 3. Log-probs under a prefix, for training

@@ -12,7 +12,7 @@ Departs from the paper: the paper trains on DeepMath-103K and tests on MATH500, 
 Run it:
     python rewards.py                                   # show the tiny world: one question of each family in every style
     python rewards.py --check '\\frac{1}{2}' 0.5          # is this answer equal to that one?
-    python rewards.py --task gsm8k --data test=PATH.jsonl    # show a task's first prompt and check its own answers
+    python rewards.py --task gsm8k --data PATH.jsonl     # a task: its first prompt, the number of its rows
 """
 import argparse
 import json
@@ -204,14 +204,17 @@ class Task:
     style: Callable | None = None
 
     def judge(self, completion, gold, finish="stop"):
-        """Rewards by name for one completion (text without special tokens).
+        """What one completion (text without special tokens) earns, by name, each 0.0 or 1.0. finish: "stop" or "length".
 
-        Returns {"accuracy": 0.0 or 1.0, "answered": 0.0 or 1.0}: not giving an answer in the asked form is told apart
-        from giving a wrong one. finish: "stop" or "length".
+        accuracy: its answer equals the gold one. answered: there is an answer in one of the accepted forms. format: in the
+        form that was asked for, the first of them. undecided: the verifier cannot tell; that counts as wrong.
         """
-        answer = None if self.needs_stop and finish != "stop" else extract_answer(completion, self.answer_from)
-        correct = answer is not None and answers_equal(answer, gold) is True
-        return {"accuracy": float(correct), "answered": float(answer is not None)}
+        cut_off = self.needs_stop and finish != "stop"
+        answer = None if cut_off else extract_answer(completion, self.answer_from)
+        equal = None if answer is None else answers_equal(answer, gold)
+        return {"accuracy": float(equal is True), "answered": float(answer is not None),
+                "format": float(not cut_off and extract_answer(completion, self.answer_from[0]) is not None),
+                "undecided": float(answer is not None and equal is None)}
 
 
 def tiny_task(n_train=4096, n_test=512, seed=0):
@@ -293,6 +296,12 @@ FEW_SHOT = (("A box holds 12 pens. How many pens are in 3 boxes?", "Each box hol
 
 
 PROMPT_STYLES = ("auto", "chat", "plain", "few-shot")
+NEXT_QUESTION = "\nQuestion:"              # a base model goes on with a question of its own: the completion ends there
+
+
+def stop_strings(tokenizer, style):
+    """Strings that end a completion in this prompt style, beside the end tokens."""
+    return () if style == "chat" or (style == "auto" and tokenizer.chat_template) else (NEXT_QUESTION,)
 
 
 def prompt_ids(question, tokenizer, instruction="", style="auto"):
@@ -851,9 +860,8 @@ def main(argv=None):
                 print(f"  {style:5}   {tiny_answer(rng, question, style)}")
     else:
         task = load_task(args.task, test=args.data)
-        same = sum(answers_equal(row["answer"], row["answer"]) is True for row in task.test)
         print(f"first question: {task.test[0]['question']}{task.instruction}\ngold answer: {task.test[0]['answer']}\n"
-              f"{same} of {len(task.test)} gold answers are read and equal to themselves")
+              f"{len(task.test)} rows")
 
 
 if __name__ == "__main__":

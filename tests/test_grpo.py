@@ -74,7 +74,7 @@ def test_the_k3_kl_by_hand():
 
 
 def fake_rollouts(lengths, values, prompt=0):
-    return [Rollout(prompt, [5, 6], [7] * n, [-1.0] * n, "stop", None, None, "", {"accuracy": value, "answered": 1.0})
+    return [Rollout(prompt, [5, 6], [7] * n, [-1.0] * n, "stop", None, None, "", {"accuracy": value}, value)
             for n, value in zip(lengths, values)]
 
 
@@ -183,6 +183,19 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(model, tokenizer, vae
     for other in found[1:]:
         for name in other:
             torch.testing.assert_close(found[0][name], other[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+def test_the_reward_is_the_weighted_sum_of_its_parts_and_each_is_logged(model, tokenizer, vae, task):
+    args = arguments(reward={"accuracy": 1.0, "overlong": 0.5})
+    rollouts = rollouts_of(model, tokenizer, vae, task, args)
+    for r in rollouts:
+        assert r.reward == r.rewards["accuracy"] + 0.5 * r.rewards["overlong"]
+        assert r.rewards["overlong"] == (0.0 if len(r.completion_ids) <= 10 else -0.5 if len(r.completion_ids) == 11 else -1.0)
+    row = grpo.summary(rollouts, [({"loss": 0, "tokens": 1, "clipped": 0, "log_ratio": 0, "kl": 0}, 0.0)], 4, 0, ALONE)
+    assert row["reward"] == pytest.approx(sum(r.reward for r in rollouts) / 16)
+    guided = [r for r in rollouts if r.guided]
+    assert row["rollouts_guided"] == len(guided) and row["overlong_guided"] == pytest.approx(
+        sum(r.rewards["overlong"] for r in guided) / len(guided))
 
 
 def test_silent_rollouts_cost_no_forward_pass(model, tokenizer, vae, task, monkeypatch):
@@ -301,7 +314,8 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
 @pytest.mark.parametrize("argv, message", [
     (["--group", "1"], "--group must be at least 2, not 1"), (["--length", "-1"], "--length must be 0 or more"),
     (["--temperature", "0"], "--temperature must be above 0"), (["--steps", "0"], "--steps must be at least 1"),
-    (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"), (["--prompts", "8", "--minibatches", "3"], "cannot be split"),
+    (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"),
+    (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"), (["--prompts", "8", "--minibatches", "3"], "cannot be split"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from prefix import Palette, load_policy
+from prefix import Completion, Palette, load_policy, texts_of
 
 
 @pytest.fixture
@@ -90,3 +90,16 @@ def test_a_run_folder_stands_for_its_finished_policy(tmp_path, policy_folder):
     (tmp_path / "run" / "policy").symlink_to(policy_folder)
     model, tokenizer = load_policy(str(tmp_path / "run"))
     assert not model.training and tokenizer.eos_token == "<end>"
+
+
+def test_completions_end_at_the_first_stop_string():
+    class Letters:
+        def decode(self, ids, skip_special_tokens):
+            assert skip_special_tokens
+            return "".join(chr(i) for i in ids if i)
+
+    of = lambda text: Completion([ord(c) for c in text] + [0], [-1.0] * (len(text) + 1), "stop")
+    completions, texts = texts_of([of("ab|c|d"), of("abc"), Completion([ord("|")], [-2.0], "length")], Letters(), ("|", "zz"))
+    assert texts == ["ab", "abc", ""]
+    assert [len(c.ids) for c in completions] == [len(c.logprobs) for c in completions] == [3, 4, 1]
+    assert [c.finish for c in completions] == ["stop"] * 3

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from rewards import (ANSWER, END, QUESTION, STYLE_WORDS, STYLES, TINY_VOCABULARY, load_rows, load_task, prompt_ids, tiny_answer,
+from rewards import (ANSWER, END, QUESTION, STYLE_WORDS, STYLES, TINY_VOCABULARY, Task, load_rows, load_task, prompt_ids, tiny_answer,
                      tiny_document, tiny_question, tiny_style, tiny_task, tiny_traces)
 
 
@@ -50,11 +50,19 @@ def test_written_out_work_is_right_line_by_line():
 
 def test_a_wrong_or_cut_off_answer_earns_nothing_and_is_told_apart():
     task = tiny_task(1, 1)
-    assert task.judge("i think simply maybe is 3", "4") == {"accuracy": 0.0, "answered": 1.0}
-    assert task.judge("i think simply maybe is 4", "4", finish="length") == {"accuracy": 0.0, "answered": 0.0}
-    assert task.judge("hello room", "4") == {"accuracy": 0.0, "answered": 0.0}
+    nothing = {"accuracy": 0.0, "answered": 0.0, "format": 0.0, "undecided": 0.0}
+    assert task.judge("i think simply maybe is 3", "4") == {**nothing, "answered": 1.0, "format": 1.0}
+    assert task.judge("i think simply maybe is 4", "4", finish="length") == nothing
+    assert task.judge("hello room", "4") == nothing
     assert task.judge("thus 1 2 3", "2 3")["accuracy"] == 0.0                                  # more digits than asked
     assert task.judge("thus 3", "1 2 3")["accuracy"] == 0.0
+
+
+def test_real_tasks_tell_the_asked_form_from_others_and_undecided_from_wrong():
+    task = Task("maths", [], [])
+    assert task.judge("so it is \\boxed{\\frac{1}{2}}", "0.5") == {"accuracy": 1, "answered": 1, "format": 1, "undecided": 0}
+    assert task.judge("The answer is 0.5.", "1/2") == {"accuracy": 1, "answered": 1, "format": 0, "undecided": 0}
+    assert task.judge("\\boxed{9^{9^{9^9}}}", "1/2") == {"accuracy": 0, "answered": 1, "format": 1, "undecided": 1}
 
 
 def test_train_and_test_questions_are_distinct_and_fixed_by_the_seed():

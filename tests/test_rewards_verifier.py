@@ -9,7 +9,6 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import rewards  # noqa: E402
 from hostile import HOSTILE  # noqa: E402
 from rewards import accuracy, answers_equal, box_iou, extract_answer, format_reward, overlong, parse_box  # noqa: E402
 
