@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from prefix import Decoder, Palette, Sampling, load_policy, texts_of
+from prefix import Decoder, Palette, Sampling, end_ids, load_policy, texts_of
 from rewards import PROMPT_STYLES, load_task, prompt_ids, stop_strings
-from sft import seed_of, write_text
+from sft import Ranks, seed_of, write_text
 from vae import find_model, find_vae, require_positive, run_main
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
@@ -54,19 +54,20 @@ def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, pro
     """`samples` judged answers to each of `rows`, each under a prefix of its own if a palette is given.
 
     Seeds depend on the question's text and the sample's number alone, so neither the order of the questions nor a split over
-    ranks changes an answer. Returns one dict a sample: question, gold, sample, completion, the task's rewards by name,
-    finish, tokens, and style where the task names styles.
+    ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, sample, completion, the
+    task's rewards by name, finish, tokens, and style where the task names styles.
     """
     jobs = [(row, s) for row in rows for s in range(samples)]
+    numbers = [number for number in range(len(rows)) for _ in range(samples)]
     prompts = {row["question"]: prompt_ids(row["question"], tokenizer, task.instruction, prompt_style) for row in rows}
     prefixes = palette and palette.draw([seed_of(seed, "prefix", row["question"], s) for row, s in jobs])[0]
     completions = decoder.generate([prompts[row["question"]] for row, _ in jobs], prefixes, sampling,
                                    [seed_of(seed, "token", row["question"], s) for row, s in jobs], progress)
     completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, prompt_style))
-    return [{"question": row["question"], "gold": row["answer"], "sample": s, "completion": text,
+    return [{"row": number, "question": row["question"], "gold": row["answer"], "sample": s, "completion": text,
              **task.judge(text, row["answer"], completion.finish), "finish": completion.finish, "tokens": len(completion.ids),
              **({"style": task.style(text)} if task.style else {})}
-            for (row, s), completion, text in zip(jobs, completions, texts)]
+            for number, (row, s), completion, text in zip(numbers, jobs, completions, texts)]
 
 
 def greedy_accuracy(decoder, tokenizer, task, args, ranks):
@@ -77,11 +78,12 @@ def greedy_accuracy(decoder, tokenizer, task, args, ranks):
     return right / max(count, 1)
 
 
-def arms_of(names, domains, temperature):
-    """{arm: (prefix source, temperature)}; names: "all", or some of them."""
+def arms_of(names, domains, temperature, with_vae=True):
+    """{arm: (prefix source, temperature)}; names: "all", or some of them. Without a VAE three arms remain."""
     arms = {"greedy": ("none", 0.0), "sampling": ("none", temperature), "noise": ("noise", 0.0), "gauss": ("gauss", 0.0),
             "latent": ("prior", 0.0), "latent + sampling": ("prior", temperature)}
     arms.update({domain: (domain, 0.0) for domain in domains})
+    arms = {name: arm for name, arm in arms.items() if with_vae or arm[0] in ("none", "noise")}
     if names == ["all"]:
         return arms
     unknown = [name for name in names if name not in arms]
@@ -95,18 +97,16 @@ def run_arms(model, tokenizer, task, vae, args):
     rows = task.test[:args.questions]
     if not rows:
         raise ValueError(f"the task '{task.name}' has no test rows: give --test-data")
-    decoder, table = Decoder(model, slots=args.slots), model.get_input_embeddings().weight.detach()
-    arms = arms_of(args.arms, vae.domains if vae else (), args.temperature)
-    results = {}
-    counts = {name: 1 if source == "none" and temperature == 0 else args.samples for name, (source, temperature) in arms.items()}
-    with tqdm(total=len(rows) * sum(counts.values()), desc="evaluate", unit="answer") as bar:
-        for name, (source, temperature) in arms.items():
-            began = time.time()
-            palette = Palette(vae, table, source, args.length, not args.independent) if source != "none" else None
-            sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
-            results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, counts[name], args.seed, args.prompt,
-                                   bar.update)
-            bar.set_postfix_str(f"{name}: {time.time() - began:.1f} s")
+    decoder, table = Decoder(model, end_ids(model, tokenizer), args.slots), model.get_input_embeddings().weight.detach()
+    plan, results = {}, {}                                  # all arms are set up before the first one runs: errors come early
+    for name, (source, temperature) in arms_of(args.arms, vae.domains if vae else (), args.temperature, vae is not None).items():
+        palette = Palette(vae, table, source, args.length, not args.independent) if source != "none" else None
+        sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
+        plan[name] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
+    with tqdm(total=len(rows) * sum(samples for _, _, samples in plan.values()), desc="evaluate", unit="answer") as bar:
+        for name, (palette, sampling, samples) in plan.items():
+            bar.set_postfix_str(name)
+            results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, samples, args.seed, args.prompt, bar.update)
     return results
 
 
@@ -117,7 +117,7 @@ def score(samples, ks):
     """
     by_question = {}
     for sample in samples:
-        by_question.setdefault(sample["question"], []).append(sample)
+        by_question.setdefault(sample["row"], []).append(sample)
     row = {}
     correct = [(len(group), int(sum(s["accuracy"] for s in group))) for group in by_question.values()]
     for k in ks:
@@ -161,10 +161,10 @@ def rl_table(root, name, folders):
     return "\n".join(lines)
 
 
-def hardware():
+def hardware(device):
     """One line on what the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    where = torch.cuda.get_device_name() if str(device).startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------------
@@ -273,22 +273,22 @@ def main(argv=None):
     if args.curves:
         print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))
         return
-    task = load_task(args.task, test=args.test_data)
+    task = load_task(args.task, test=args.test_data, splits=("test",))
     args.model = find_model(args.model)
     vae = None if args.vae == "none" else find_vae(args.vae, args.model)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = Ranks.start(args.device).device
     model, tokenizer = load_policy(args.model, device, getattr(torch, args.dtype))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     began = time.time()
     results = run_arms(model, tokenizer, task, vae, args)
     ks = [k for k in (1, 8, 32) if k <= args.samples]
-    figures = {name: score(samples, ks) for name, samples in results.items()}
     note = (f"{args.model} on {task.name}: {min(args.questions, len(task.test))} questions x {args.samples} samples, "
             f"L = {args.length} {'independent' if args.independent else 'tiled'}, seed {args.seed}, "
-            f"{time.time() - began:.0f} s on {hardware()}")
+            f"{time.time() - began:.0f} s on {hardware(device)}")
     lines = [json.dumps({"arm": name, **sample}) for name, samples in results.items() for sample in samples]
     write_text(out / "samples.jsonl", "\n".join(lines) + "\n")
+    figures = {name: score(samples, ks) for name, samples in results.items()}
     write_text(out / "results.json", json.dumps({"note": note, "arguments": vars(args), "arms": figures}, indent=1))
     write_text(out / "results.md", f"{markdown(figures, ks)}\n\n{note}\n")
     picture = draw_pass_at_k(results, out / "pass_at_k.png")

@@ -29,7 +29,8 @@ from tqdm import tqdm
 import evaluate
 import sft
 import vae as vae_stage
-from prefix import SOURCES, Decoder, Palette, Sampling, completion_logprobs, load_policy, load_tokenizer, micro_batches, texts_of
+from prefix import (SOURCES, Decoder, Palette, Sampling, completion_logprobs, end_ids, load_policy, load_tokenizer, micro_batches,
+                    texts_of)
 from rewards import PROMPT_STYLES, STYLES, load_task, overlong, prompt_ids, stop_strings
 from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, seed_of
 from vae import require_positive, run_main
@@ -71,7 +72,7 @@ def policy_loss(logprobs, old, advantage, weight, clip_low=0.2, clip_high=0.2, r
 
     logprobs [N] under the policy (differentiable), old [N] as sampled, advantage [N] (its rollout's), weight [N]: what each
     token counts in the mean, e.g. 1 / (tokens of all rollouts on all ranks); so losses of micro-batches and ranks add up.
-    Returns (loss, statistics summed over the tokens: clipped, kl, ratio's deviation from 1).
+    Returns (loss, statistics summed over the tokens: clipped, |log_ratio|, kl).
     """
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
@@ -180,21 +181,21 @@ def update(model, optimizer, reference, rollouts, args, ranks):
     weights = token_weights(rollouts, args.mean_over, ranks, args.max_new_tokens)
     live = [i for i, r in enumerate(rollouts) if r.advantage != 0 or reference is not None]
     lengths = [rollouts[i].length for i in live]
-    sums = {"loss": 0.0, "tokens": 0, "clipped": 0, "log_ratio": 0.0, "kl": 0.0}
+    sums = {"loss": 0.0, "tokens": 0, "clipped": 0, "log_ratio": 0.0, "kl": 0.0, "entropy": 0.0}
     for group in micro_batches(lengths, args.tokens_per_batch):
         rows = [rollouts[live[i]] for i in group]
         batch = ([r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows], sampling_of(args))
         flat = lambda values: torch.tensor(values, device=ranks.device).repeat_interleave(
             torch.tensor([len(r.completion_ids) for r in rows], device=ranks.device))                      # [N]
         with autocast(ranks.device, args.precision):
-            logprobs, _ = completion_logprobs(model, *batch)                                                # [N]
+            logprobs, entropy = completion_logprobs(model, *batch)                                          # [N], [N]
             with torch.no_grad():
-                anchor = None if reference is None else completion_logprobs(reference, *batch)[0]
+                anchor = None if reference is None else completion_logprobs(reference, *batch, with_entropy=False)[0]
         old = torch.tensor([value for r in rows for value in r.logprobs], device=ranks.device)
         loss, statistics = policy_loss(logprobs, old, flat([r.advantage for r in rows]), flat([weights[live[i]] for i in group]),
                                        args.clip_low, args.clip_high, anchor, args.kl)
         loss.backward()
-        for name, value in {**statistics, "loss": loss.item(), "tokens": len(old)}.items():
+        for name, value in {**statistics, "loss": loss.item(), "tokens": len(old), "entropy": entropy.sum().item()}.items():
             sums[name] += value
     return sums, apply_gradients(model, [optimizer], ranks)
 
@@ -202,11 +203,11 @@ def update(model, optimizer, reference, rollouts, args, ranks):
 def set_advantages(rollouts, args):
     """Fill in each rollout's advantage within its group. Returns (groups, groups without reward variance)."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                 # [P, G]
-    values = advantages(rewards, args.algorithm)
-    values[rewards.std(1) == 0] = 0.0                       # exactly: no backward pass for rounding errors
+    values, silent = advantages(rewards, args.algorithm), (rewards == rewards[:, :1]).all(1)
+    values[silent] = 0.0                                    # exactly: no backward pass for rounding errors
     for rollout, value in zip(rollouts, values.flatten().tolist()):
         rollout.advantage = value
-    return len(rewards), int((rewards.std(1) == 0).sum())
+    return len(rewards), int(silent.sum())
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     """The RL loop: roll out, score, update; every --eval-every steps a greedy evaluation *without* prefix."""
     ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     state = run.restore(model, [optimizer])
-    decoder = Decoder(model, slots=args.slots)
+    decoder = Decoder(model, end_ids(model, tokenizer), args.slots)
     if state["step"] == 0:
         run.log("metrics", {"step": 0, "eval_accuracy": evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)})
     accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
@@ -239,7 +240,7 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         accuracy = row.get("eval_accuracy", accuracy)
         bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{accuracy:.2f}")
         run.log("metrics", row)
-        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in rollouts[::args.group]])
+        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in rollouts[::args.group] + rollouts[args.group - 1::args.group]])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save(step + 1, model, tokenizer, [optimizer])
     run.finish(model, tokenizer)
@@ -252,16 +253,16 @@ def summary(rollouts, steps, groups, silent, ranks):
     for own in parts.values():
         values = [[r.reward, len(r.completion_ids), r.finish == "stop", *r.rewards.values()] for r in own]
         sums += [len(own), *(sum(column) for column in zip(*values))] if own else [0] * (len(names) + 1)
-    token_sums = [sum(step[0][name] for step in steps) for name in ("loss", "tokens", "clipped", "log_ratio", "kl")]
+    token_sums = [sum(step[0][name] for step in steps) for name in ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")]
     sums = ranks.total(sums + token_sums + [groups, silent, steps[0][0]["log_ratio"], steps[0][0]["tokens"]])
     width, row = len(names) + 1, {}
     for i, label in enumerate(parts):
         count, *values = sums[width * i:width * (i + 1)]
         row.update({"rollouts" + label: int(count), **{name + label: value / count if count else None
                                                        for name, value in zip(names, values)}})
-    loss, tokens, clipped, log_ratio, kl, groups, silent, start_sum, start_tokens = sums[3 * width:]
+    loss, tokens, clipped, log_ratio, kl, entropy, groups, silent, start_sum, start_tokens = sums[3 * width:]
     tokens = max(tokens, 1)
-    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens,
+    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens, "entropy": entropy / tokens,
             "gradient_norm": sum(norm for _, norm in steps) / len(steps), "groups_without_signal": int(silent),
             "groups": int(groups)}
 
@@ -282,34 +283,28 @@ def prepare(args, ranks):
     if args.model == "tiny":
         base = str(root / "base")
         argv = ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"]
-        stage(sft.main, argv, "sft.py", root / "base/policy/config.json", ranks)
+        stage(sft.main, argv, "sft.py", ranks)
         args.traces = args.traces or [f"{base}/traces.jsonl"]
-    traces = ["--traces", *args.traces] if args.traces else []
-    args.vae = args.vae or str(root / "vae")
-    if set(args.schedules) != {"none"} or args.arms != ["none"]:
-        stage(vae_stage.main, ["--model", base, "--out", args.vae, "--limit", str(args.limit), *traces], "vae.py",
-              Path(args.vae) / "config.json", ranks, rank_0_only=True)
+    traces = ["--traces", *args.traces]
+    given, args.vae = args.vae, args.vae or str(root / "vae")
+    if not (given and Path(given, "config.json").is_file()):            # a VAE that you name is used as it is
+        argv = ["--model", base, "--out", args.vae, "--limit", str(args.limit), *traces]
+        stage(vae_stage.main, argv, "vae.py", ranks, rank_0_only=True)
     policies = {}
     for kind in dict.fromkeys("none" if schedule == "none" else "prior" for schedule in args.schedules):
         folder = root / ("sft-none" if kind == "none" else "sft")
         shared = ["--precision", args.precision, "--device", args.device, "--tokens-per-batch", str(args.tokens_per_batch),
                   "--prompt", "plain" if args.prompt == "few-shot" else args.prompt]
         stage(sft.main, ["--model", base, "--vae", args.vae, "--prefix", kind, "--out", str(folder), "--lr", str(args.sft_lr),
-                         "--batch", str(args.sft_batch), "--limit", str(args.limit), "--resume", *traces, *shared], "sft.py",
-              folder / "policy/config.json", ranks)
+                         "--batch", str(args.sft_batch), "--limit", str(args.limit), "--resume", *traces, *shared], "sft.py", ranks)
         policies[kind] = str(folder / "policy")
     return policies
 
 
-def stage(main_function, argv, script, done, ranks, rank_0_only=False):
-    """Run another script's main unless its result is there, saying so."""
-    ranks.wait()
-    if done.is_file():
-        if ranks.rank == 0:
-            print(f"using {done.parent}")
-        return
+def stage(main_function, argv, script, ranks, rank_0_only=False):
+    """Run another script's main. Where its result is there already it only compares the settings, and refuses others."""
     if ranks.rank == 0:
-        print(f"building {done.parent}: python {script} {' '.join(argv)}", flush=True)
+        print(f"python {script} {' '.join(argv)}", flush=True)
     if ranks.rank == 0 or not rank_0_only:
         main_function(argv)
     ranks.wait()
@@ -323,8 +318,9 @@ TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, ste
 REAL = dict(schedules=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
 REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and collect give, by name
 # What does not change a run's result, and so may differ when it is resumed.
-NOT_RESULTS = ("schedules", "seeds", "out", "resume", "overwrite", "device", "slots", "tokens_per_batch", "save_every", "arms",
-               "arm_questions", "arm_samples", "base_seed", "base_steps", "sft_lr", "sft_batch", "limit")
+# The settings of the stages before RL stand in those stages' own config.json.
+NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",
+               "sft_lr", "sft_batch", "limit", "vae", "traces")
 
 
 def two(name):
@@ -337,7 +333,7 @@ def add_model_flags(parser):
     data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
     data.add_argument("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
     data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="for VAE and warm-up (default: the tiny world's)")
-    data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000; all of the tiny world's)")
+    data.add_argument("--limit", type=int, default=2000, help="traces kept per source of your own (default: 2000)")
     data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
     data.add_argument("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
     data.add_argument("--test-data", help="the same for the evaluation on the way (default: the task's own)")
@@ -397,7 +393,7 @@ def parse_args(argv=None):
     for name, value in (TINY if args.model == "tiny" else REAL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.model == "tiny" and args.limit == 2000:
+    if args.model == "tiny" and not args.traces:
         args.limit = 10**9
     return checked(parser, args)
 
@@ -419,13 +415,20 @@ def checked(parser, args):
         parser.error(f"--length must be 0 or more, not {args.length}")
     if args.temperature <= 0:
         parser.error("--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
-    if args.model != "tiny" and not args.traces and not (args.vae and Path(args.vae, "config.json").is_file()):
+    if args.model != "tiny" and not args.traces:
         parser.error("--traces is needed to train the VAE and to warm up a model other than tiny")
     domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces or () if "=" in spec]
-    if args.model == "tiny" or len(domains) == len(args.traces or ()):          # else the rows themselves name the domains
+    if args.model == "tiny" or args.traces and len(domains) == len(args.traces):    # else rows or VAE name the domains
         if args.source not in (*SOURCES, *domains):
             parser.error(f"unknown --source '{args.source}': choose one of {', '.join([*SOURCES, *domains])}")
         evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
+    for name in ("lr", "sft_lr", "kl", "clip_low", "clip_high"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    try:
+        sampling_of(args)
+    except ValueError as error:
+        parser.error(str(error))
     if args.prompts % args.minibatches:
         parser.error(f"--prompts {args.prompts} cannot be split into {args.minibatches} --minibatches")
     return args
@@ -433,10 +436,10 @@ def checked(parser, args):
 
 def main(argv=None):
     args = parse_args(argv)
+    ranks = Ranks.start(args.device)
     task = load_task(args.task, args.train_data, args.test_data)
     if not task.train or not task.test:
         raise ValueError(f"the task '{args.task}' needs training and test rows: give --train-data and --test-data")
-    ranks = Ranks.start(args.device)
     if args.prompts % (ranks.world * args.minibatches):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} --minibatches")
     if args.model != "tiny":
@@ -456,7 +459,7 @@ def main(argv=None):
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
     if ranks.rank == 0:
-        finish(args, folders, policies)
+        finish(args, folders, policies, ranks.device)
 
 
 def train_one(args, task, run, start):
@@ -469,7 +472,7 @@ def train_one(args, task, run, start):
     train(model, tokenizer, task, palette, run, args, reference)
 
 
-def finish(args, folders, policies):
+def finish(args, folders, policies, device):
     """The tables and pictures that close the main job."""
     root = Path(args.out)
     if args.arms != ["none"]:
@@ -485,7 +488,7 @@ def finish(args, folders, policies):
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
     print(evaluate.rl_table(root, name, folders))
     pictures = [str(path) for path in (picture, *sorted(root.glob("*/*.png"))) if path]
-    print(f"\n{evaluate.hardware()}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
+    print(f"\n{evaluate.hardware(device)}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
 
 
 if __name__ == "__main__":

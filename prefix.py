@@ -68,6 +68,22 @@ def load_policy(name, device="cpu", dtype=torch.float32):
         raise ValueError(f"cannot load the weights of '{name}': {str(error).splitlines()[0]}") from None
 
 
+def end_ids(model, tokenizer):
+    """All token ids that end a completion: generation_config's (or config's), the tokenizer's end token, which the warm-up
+    trains, and the special token that the chat template writes after an assistant's turn (a base Qwen names only the first).
+    """
+    found = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+    ends = {found} if isinstance(found, int) else set(found or ())
+    ends |= {tokenizer.eos_token_id} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("A")[2]
+        ends |= set(tokenizer(after, add_special_tokens=False)["input_ids"][:1]) & set(tokenizer.all_special_ids)
+    if not ends:
+        raise ValueError("this model names no end token: no completion would ever stop; set eos_token in its tokenizer")
+    return sorted(ends)
+
+
 class Palette:
     """Draws prefixes of one kind (Eq. 9). `draw(seeds)` gives one prefix a row, determined by the row's seed alone.
 
@@ -515,6 +531,7 @@ def parse_args(argv=None):
     parser.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
     parser.add_argument("--draws", type=int, default=3, help="prefixes drawn per source (default: 3)")
     parser.add_argument("--temperature", type=float, default=0.0, help="of token sampling (default: 0, greedy)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     return parser.parse_args(argv)
@@ -524,8 +541,8 @@ def main(argv=None):
     args = parse_args(argv)
     args.model = find_model(args.model)
     vae = find_vae(args.vae, args.model)
-    model, tokenizer = load_policy(args.model)
-    table, decoder = model.get_input_embeddings().weight.detach(), Decoder(model)
+    model, tokenizer = load_policy(args.model, args.device)
+    table, decoder = model.get_input_embeddings().weight.detach(), Decoder(model, end_ids(model, tokenizer))
     ids = prompt_ids(args.prompt, tokenizer)
     for source in args.source or ["none", *vae.domains, "prior", "noise"]:
         draws = 1 if source == "none" and args.temperature == 0 else args.draws

@@ -1,7 +1,7 @@
 """Tasks, answer checking and rewards: everything Reasoning Palette knows about what a right answer is.
 
 Three parts, in reading order:
-  1. the tiny world: a made-up language of 132 words with two problem families and three answer styles, small enough to
+  1. the tiny world: a made-up language of 131 words with two problem families and three answer styles, small enough to
      pretrain a model on in a minute and a half, and built so that a *strategy* (the style) decides whether an answer is right;
   2. tasks: rows {question, answer}, how a question becomes a prompt, how a completion is judged;
   3. the verifier: answer extraction and exact equality.
@@ -156,7 +156,7 @@ def tiny_document(rng, length):
     Returns (words, n_title, soft): `length` words, of which the first n_title are the title; soft maps a title position to
     the bag of words whose *mean embedding* stands there instead of the word's own. Soft titles are this world's stand-in
     for the varied text a real base model has read: they let it read an average of words, which is what a VAE decodes.
-    Without them control by one prefix row (L = 1) is lost (measured; see README).
+    Our choice, and close to training on what the VAE decodes: README says what it means for the results.
     """
     soft, bag = {}, None
     if rng.random() < CHAT_SHARE:
@@ -233,22 +233,23 @@ HUB_SETS = {"gsm8k": {"train": "hub:openai/gsm8k:main:train", "test": "hub:opena
             "math": {"train": "hub:zwhe99/DeepMath-103K::train", "test": "hub:HuggingFaceH4/MATH-500::test"}}
 
 
-def load_task(name, train=None, test=None, seed=0):
+def load_task(name, train=None, test=None, splits=("train", "test"), seed=0):
     """The task called `name`: "tiny"; "gsm8k" or "math" (the paper's); any other name for your own rows.
 
     train, test: where the rows come from: a JSONL file of {question, answer}, or "hub:DATASET:CONFIG:SPLIT". gsm8k and
-    math have hub sets as defaults. A split without a source stays empty. Raises ValueError naming what is missing.
+    math have hub sets as defaults. Only the named splits are loaded. Raises ValueError naming what is missing.
     """
     if name == "tiny":
         if train or test:
             raise ValueError("the task 'tiny' makes its own questions: drop --train-data/--test-data, or choose another --task")
         return tiny_task(seed=seed)
-    sources = HUB_SETS.get(name, {}) if not (train or test) else {}
-    train, test = train or sources.get("train"), test or sources.get("test")
-    if not (train or test):
-        raise ValueError(f"the task '{name}' has no data of its own: give --train-data and --test-data a JSONL of "
-                         f"{{question, answer}} (tasks with data: tiny, {', '.join(HUB_SETS)})")
-    return Task(name, load_rows(train) if train else [], load_rows(test) if test else [], instruction=BOXED)
+    sources = {**HUB_SETS.get(name, {}), **({"train": train} if train else {}), **({"test": test} if test else {})}
+    for split in splits:
+        if split not in sources:
+            raise ValueError(f"the task '{name}' has no {split} rows of its own: give --{split}-data a JSONL of "
+                             f"{{question, answer}} (tasks with data: tiny, {', '.join(HUB_SETS)})")
+    return Task(name, **{split: load_rows(sources[split]) if split in splits else [] for split in ("train", "test")},
+                instruction=BOXED)
 
 
 def load_rows(source):
@@ -261,7 +262,7 @@ def load_rows(source):
         from datasets import load_dataset           # only here: a local run needs neither the package nor a network
         dataset, config, split = (source[4:].split(":") + ["", ""])[:3]
         hub = load_dataset(dataset, config or None, split=split or "train")
-        rows = [(f"{source}, row {i}", dict(row)) for i, row in enumerate(hub)]
+        rows = [_row(f"{source}, row {i}", row) for i, row in enumerate(hub)]       # the other fields may be large
     else:
         path = Path(source)
         if not path.is_file():
@@ -270,10 +271,10 @@ def load_rows(source):
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1):      # splitlines would cut at U+2028 in a string
             if line.strip():
                 try:
-                    rows.append((f"{source}, line {number}", json.loads(line)))
+                    raw = json.loads(line)
                 except ValueError as error:                                 # not JSON, or not UTF-8
                     raise ValueError(f"{source}, line {number}: not JSON ({error}); one object a line is expected") from None
-    rows = [_row(where, raw) for where, raw in rows]
+                rows.append(_row(f"{source}, line {number}", raw))
     if not rows:
         raise ValueError(f"{source}: no rows in it; expected JSONL rows of {{question, answer}}")
     return rows
@@ -859,7 +860,7 @@ def main(argv=None):
             for style in STYLES:
                 print(f"  {style:5}   {tiny_answer(rng, question, style)}")
     else:
-        task = load_task(args.task, test=args.data)
+        task = load_task(args.task, test=args.data, splits=("test",))
         print(f"first question: {task.test[0]['question']}{task.instruction}\ngold answer: {task.test[0]['answer']}\n"
               f"{len(task.test)} rows")
 

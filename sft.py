@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 from prefix import Palette, completion_logprobs, load_policy, micro_batches
 from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
-                     tiny_document, tiny_task, tiny_traces)
-from vae import TINY_BASE, find_model, find_vae, load_traces, require_positive, run_main
+                     tiny_answer, tiny_document, tiny_question, tiny_task, tiny_traces)
+from vae import TINY_BASE, VAE, find_model, find_vae, load_traces, require_positive, run_main
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -51,6 +51,10 @@ class Ranks:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
         if device == "cuda" and world > 1:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
@@ -99,6 +103,8 @@ def apply_gradients(model, optimizers, ranks, max_norm=1.0):
         if ranks.world > 1:
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if not torch.isfinite(norm):                    # the same on every rank: all of them stop here, with their weights whole
+        raise ValueError("the gradient is not finite: lower --lr, or use --precision fp32; the last checkpoint is still good")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -125,7 +131,8 @@ class Run:
         self.finished = False
         known, config = self.folder / "config.json", json.loads(json.dumps(config))
         if overwrite and self.writes and known.is_file():
-            shutil.rmtree(self.folder)
+            for path in [known, self.folder / "policy", *self.folder.glob("*.jsonl"), *self.checkpoints()]:     # ours alone
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         ranks.wait()                                    # every rank sees the folder as rank 0 left it
         if known.is_file():
             before = json.loads(known.read_text())
@@ -142,7 +149,7 @@ class Run:
             write_text(known, json.dumps(config, indent=1))
 
     def log(self, name, *rows):
-        """Append rows to NAME.jsonl, on disk before this returns."""
+        """Append rows to NAME.jsonl, handed to the system before this returns."""
         if self.writes:
             with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -188,10 +195,10 @@ class Run:
             except Exception as error:                  # each library has its own error for a torn file; go one back
                 print(f"{folder} cannot be read ({str(error).splitlines()[0]}): going back to the one before", flush=True)
         if self.writes:
-            for path in self.folder.glob("*.jsonl"):
-                kept = [line for line in path.read_text().splitlines() if line.endswith("}") and state["step"] and
-                        json.loads(line)["step"] <= state["step"]]
-                write_text(path, "".join(line + "\n" for line in kept))
+            for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
+                if path.is_file():                          # a torn last line has no end of line
+                    lines = path.read_text().split("\n")[:-1] if state["step"] else []
+                    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
         self.ranks.wait()
         return state
 
@@ -232,11 +239,14 @@ def new_folder(path):
 # ---- warm-up under a prefix (Eq. 11) ------------------------------------------------------------------------------------
 
 def answer_ids(trace, tokenizer, prompt_style, max_tokens):
-    """(prompt ids, answer ids with the end token) of a trace; the answer is cut at max_tokens (then without end token)."""
+    """(prompt ids, answer ids with the end token) of a trace; the answer is cut at max_tokens (then without end token).
+
+    A prompt over max_tokens gives (None, None): cut, it would lose its chat header or its end.
+    """
     prompt = prompt_ids(trace["question"], tokenizer, style=prompt_style)
     lead = "" if prompt_style == "chat" or (prompt_style == "auto" and tokenizer.chat_template) else " "
     answer = tokenizer(lead + trace["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt[-max_tokens:], answer[:max_tokens]
+    return (prompt, answer[:max_tokens]) if len(prompt) <= max_tokens else (None, None)
 
 
 def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
@@ -251,7 +261,7 @@ def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32
     for group in micro_batches(lengths, tokens_per_batch):
         with autocast(ranks.device, precision):
             logprobs, _ = completion_logprobs(model, [rows[i][0] for i in group], [rows[i][1] for i in group],
-                                              [prefixes[i] for i in group])
+                                              [prefixes[i] for i in group], with_entropy=False)
         (-logprobs.sum() / total).backward()
         loss_sum -= logprobs.sum().item()
     return loss_sum, total
@@ -261,10 +271,14 @@ def warmup(model, tokenizer, traces, palette, run, args):
     """Eq. 11: `args.steps` updates on answers under prefixes drawn from the prior, independent of the trace."""
     optimizer = make_optimizer(model, args.lr)
     start = run.restore(model, [optimizer])["step"]
+    pairs = [pair for pair in (answer_ids(trace, tokenizer, args.prompt, args.max_tokens) for trace in traces) if pair[0]]
+    if not pairs:
+        raise ValueError(f"the prompts of all {len(traces)} traces are over --max-tokens {args.max_tokens}: raise it")
+    if run.writes and len(pairs) < len(traces):
+        print(f"left out {len(traces) - len(pairs)} of {len(traces)} traces: prompts over --max-tokens {args.max_tokens}")
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", disable=not run.writes):
         began = time.time()
-        picked = random.Random(seed_of(args.seed, "sft batch", step)).choices(traces, k=args.batch)
-        rows = [answer_ids(trace, tokenizer, args.prompt, args.max_tokens) for trace in run.ranks.own(picked)]
+        rows = run.ranks.own(random.Random(seed_of(args.seed, "sft batch", step)).choices(pairs, k=args.batch))
         prefixes, _ = palette.draw([seed_of(args.seed, "sft prefix", step, i) for i in run.ranks.own(range(args.batch))])
         loss_sum, tokens = lm_step(model, rows, prefixes, run.ranks, args.tokens_per_batch, args.precision)
         norm = apply_gradients(model, [optimizer], run.ranks)
@@ -376,8 +390,9 @@ def style_leak(model, tokenizer, questions=512):
     asked = [row["question"] for row in tiny_task(0, questions).test if row["family"] == "arith"]
     rows = torch.tensor([prompt_ids(question, tokenizer) for question in asked])                       # [N, T], all one length
     first = model(input_ids=rows).logits[:, -1].softmax(-1).mean(0)                                    # [V]
-    openings = {"math": "step first then next", "code": "x run exec call", "qa": "i"}
-    return {style: first[tokenizer.convert_tokens_to_ids(openings[style].split())].sum().item() for style in STYLES}
+    openings = {style: {tiny_answer(random.Random(i), tiny_question(random.Random(i)), style).split()[0] for i in range(200)}
+                for style in STYLES}
+    return {style: first[tokenizer.convert_tokens_to_ids(sorted(openings[style]))].sum().item() for style in STYLES}
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -423,9 +438,14 @@ def main(argv=None):
     if args.stage == "pretrain":
         run = pretrain(args.out, args.seed, args.steps, args.batch, resume=args.resume, overwrite=args.overwrite)
         return print(f"the tiny base is in {run.folder}/policy")
-    args.model = find_model(args.model)
+    needs_vae = args.prefix not in ("none", "noise")
+    if ranks.rank == 0:                                 # what is missing of the tiny world is made once
+        name = find_model(args.model)
+        if needs_vae:
+            find_vae(args.vae, name)
+    ranks.wait()
+    vae = VAE.load(args.vae) if needs_vae else None
     traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
-    vae = None if args.prefix in ("none", "noise") else find_vae(args.vae, args.model)
     model, tokenizer = load_policy(args.model, ranks.device)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
     config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}

@@ -14,6 +14,7 @@ Run it (writes vae.safetensors, config.json, metrics.jsonl, latents.safetensors,
         --traces math=hub:meta-math/MetaMathQA code=traces_code.jsonl qa=traces_qa.jsonl
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -43,44 +44,50 @@ def load_traces(specs, limit=2000):
     for spec in specs:
         domain, equals, source = spec.partition("=")
         domain, source = (domain, source) if equals else (None, spec)
-        read = _hub_rows if source.startswith("hub:") else _jsonl_rows
-        rows = [_trace(where, row, domain) for where, row in read(source, limit)]
+        read = _hub_traces if source.startswith("hub:") else _jsonl_traces
+        rows = list(itertools.islice(read(source, domain), limit))
         if not rows:
             raise ValueError(f"{source}: no traces in it{f' for domain {domain!r}' if domain else ''}; every domain needs some")
         traces += rows
     return traces
 
 
-def _jsonl_rows(source, limit):
-    path = Path(source)
-    if not path.is_file():
+def _jsonl_traces(source, domain):
+    if not Path(source).is_file():
         raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
-    # split at "\n" alone: str.splitlines would also cut at U+2028 and its like, which JSON allows inside a string
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:limit], 1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{source}, line {number}", json.loads(line)
-        except ValueError as error:             # not JSON, or not UTF-8
-            raise ValueError(f"{source}, line {number}: not JSON ({error})") from None
+    with open(source, "rb") as file:            # lines of bytes end at "\n" alone; str.splitlines would cut at U+2028 too
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:     # not JSON, or not UTF-8
+                    raise ValueError(f"{source}, line {number}: not JSON ({error})") from None
+                yield _trace(f"{source}, line {number}", row, domain)
 
 
-def _hub_rows(source, limit):
+def _hub_traces(source, domain):
+    """Rows of a hub set are not ours to mend: those without question or answer (1% of ShareGPT) are left out."""
     from datasets import load_dataset           # only here: a local run needs neither the package nor a network
     name, config, split = (source[4:].split(":") + ["", ""])[:3]
-    for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True).take(limit)):
-        yield f"{source}, row {number}", row
+    for number, row in enumerate(load_dataset(name, config or None, split=split or "train", streaming=True)):
+        try:
+            yield _trace(f"{source}, row {number}", row, domain)
+        except ValueError:
+            if number == 0:                     # the very first: the set has other fields than we know
+                raise
 
 
 def _trace(where, row, domain):
     """Bring one raw row to {question, answer, domain}; hub sets name these fields in several ways."""
-    if isinstance(row, dict) and isinstance(row.get("conversations"), list):       # ShareGPT: the first turn and its reply
-        turns = [turn.get("value", "") for turn in row["conversations"]] + ["", ""]
-        row = {"question": turns[0], "answer": turns[1]}
+    row = row if isinstance(row, dict) else {}
+    if isinstance(row.get("conversations"), list):                  # ShareGPT: the first human turn that is answered
+        turns = row["conversations"]
+        row = next(({"question": a.get("value"), "answer": b.get("value")} for a, b in zip(turns, turns[1:])
+                    if (a.get("from"), b.get("from")) == ("human", "gpt")), {})
     pick = lambda *names: next((row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()), None)
-    question = pick("question", "query", "problem", "prompt", "instruction") if isinstance(row, dict) else None
-    answer = pick("answer", "response", "solution", "output", "content") if isinstance(row, dict) else None
-    domain = domain or (pick("domain") if isinstance(row, dict) else None)
+    question = pick("question", "query", "problem", "prompt", "instruction")
+    answer = pick("answer", "response", "solution", "output", "content")
+    domain = domain or pick("domain")
     if answer is None or domain is None:
         raise ValueError(f"{where}: no '{'answer' if answer is None else 'domain'}' with text in it; "
                          "a trace is {question, answer, domain} (or give the domain as DOMAIN=FILE)")
@@ -235,13 +242,14 @@ def _gaussian_factor(covariance):
 
 # ---- training -----------------------------------------------------------------------------------------------------------
 
-def train_vae(traces, tokenizer, table, out, latent=8, hidden=128, beta=1.0, epochs=60, batch=128, lr=2e-3, seed=0):
+def train_vae(traces, tokenizer, table, out, latent=8, hidden=128, beta=1.0, epochs=60, batch=128, lr=2e-3, seed=0, **notes):
     """Train on h of all traces but every tenth (held out), fit the Gaussians, save to `out`. Returns the VAE.
 
-    Learning stays on the CPU: 5,000 vectors through two small MLPs take seconds there.
+    Learning stays on the CPU: 5,000 vectors through two small MLPs take seconds there. notes: kept in config.json.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").unlink(missing_ok=True)               # written last: without it there is no VAE here
     generator = torch.Generator().manual_seed(seed)
     domains = sorted({trace["domain"] for trace in traces})
     h = mean_pool(traces, tokenizer, table)                                                # [N, d]
@@ -276,7 +284,7 @@ def train_vae(traces, tokenizer, table, out, latent=8, hidden=128, beta=1.0, epo
     fit_domains(vae, h, labels)
     mu, _ = vae.encode(h)
     save_file({"mu": mu.contiguous(), "domain": labels}, out / "latents.safetensors")
-    vae.save(out, report=report(vae, h[held], table), beta=beta, epochs=epochs, seed=seed, traces=len(traces))
+    vae.save(out, report=report(vae, h[held], table), **notes)
     return vae
 
 
@@ -362,7 +370,8 @@ def parse_args(argv=None):
     data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE",
                       help="JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own traces)")
     data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
-    data.add_argument("--out", default="runs/tiny/vae", help="run folder (default: runs/tiny/vae)")
+    data.add_argument("--out", help="folder of the VAE (default: runs/tiny/vae for tiny, needed otherwise)")
+    data.add_argument("--overwrite", action="store_true", help="replace a VAE of other settings in --out")
     model = parser.add_argument_group("model")
     model.add_argument("--latent", type=int, default=8, help="latent width k (default: 8)")
     model.add_argument("--hidden", type=int, default=128, help="width of the hidden layers (default: 128)")
@@ -374,18 +383,28 @@ def parse_args(argv=None):
     training.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: 0)")
     args = parser.parse_args(argv)
     require_positive(parser, args, "limit", "latent", "hidden", "epochs", "batch")
-    if args.model != "tiny" and not args.traces:
-        parser.error("--traces is needed for a model other than tiny")
+    if args.model != "tiny" and not (args.traces and args.out):
+        parser.error("--traces and --out are needed for a model other than tiny")
+    args.out = args.out or "runs/tiny/vae"
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
+    known = Path(args.out) / "config.json"
+    if known.is_file() and not args.overwrite:
+        before = json.loads(known.read_text()).get("settings", {})
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise ValueError(f"{args.out} holds a VAE trained with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
+                             f"{settings[changed[0]]!r}): choose another --out, or --overwrite to replace it")
+        return print(f"using {args.out}")
     name = find_model(args.model)
     traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
     tokenizer, table = load_embeddings(name)
     vae = train_vae(traces, tokenizer, table, args.out, args.latent, args.hidden, args.beta, args.epochs, args.batch, args.lr,
-                    args.seed)
+                    args.seed, settings=settings)
     print(json.dumps(json.loads((Path(args.out) / "config.json").read_text())["report"], indent=1))
     picture = draw_latents(vae, args.out)
     print(f"saved {args.out}" + (f", picture {picture}" if picture else ""))
@@ -405,7 +424,7 @@ def run_main(main_function, script):
     except (ValueError, OSError, SafetensorError, subprocess.CalledProcessError) as error:   # SafetensorError: a full disk
         sys.exit(f"{script}: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        print(f"\n{script}: stopped by Ctrl-C; what was saved stays valid, --resume goes on from it", file=sys.stderr)
+        print(f"\n{script}: stopped by Ctrl-C; what was saved stays valid", file=sys.stderr)
         sys.exit(130)
 
 

@@ -3,13 +3,16 @@ import itertools
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evaluate
 from evaluate import answer, arms_of, markdown, mean_and_error, pass_at_k, score
 from prefix import Decoder, Palette, Sampling
 from rewards import tiny_task
+from sft import Ranks
 
 
 @pytest.mark.parametrize("n, correct, k", [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 1, 6), (6, 0, 6), (7, 5, 2), (8, 3, 8)])
@@ -44,13 +47,42 @@ def test_an_answer_depends_on_its_question_alone(model, tokenizer, vae):
     part = answer(decoder, tokenizer, task, task.test[:2:-1], palette, sampling, 3, seed=1)
     key = lambda sample: (sample["question"], sample["sample"])
     expected = {key(sample): sample for sample in whole}
-    assert all(sample == expected[key(sample)] for sample in part)
+    assert all({**sample, "row": 0} == {**expected[key(sample)], "row": 0} for sample in part)
     assert answer(decoder, tokenizer, task, task.test, palette, sampling, 3, seed=2) != whole
+
+
+def test_every_sample_has_a_latent_of_its_own_and_the_tokens_of_its_own(model, tokenizer, vae, monkeypatch):
+    task, drawn = tiny_task(1, 2), []
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", 4)
+    original = palette.draw
+    palette.draw = lambda seeds: drawn.append(seeds) or original(seeds)
+    samples = answer(Decoder(model), tokenizer, task, task.test, palette, Sampling(1.0, max_new_tokens=10), 4, seed=1)
+    assert len(set(drawn[0])) == 8
+    assert len({sample["completion"] for sample in samples if sample["row"] == 0}) > 1
+
+
+def test_greedy_accuracy_asks_the_first_test_questions_greedily_without_prefix(model, tokenizer, monkeypatch):
+    task, asked = tiny_task(5, 9), {}
+    monkeypatch.setattr(evaluate, "answer", lambda decoder, tokenizer, task, rows, palette, sampling, samples, *_:
+                        asked.update(rows=rows, palette=palette, sampling=sampling, samples=samples) or [{"accuracy": 1.0}, {"accuracy": 0.0}])
+    args = SimpleNamespace(eval_questions=4, max_new_tokens=7, prompt="auto")
+    assert evaluate.greedy_accuracy(None, tokenizer, task, args, Ranks(0, 1, torch.device("cpu"))) == 0.5
+    assert asked == {"rows": task.test[:4], "palette": None, "sampling": Sampling(0.0, max_new_tokens=7), "samples": 1}
+
+
+def test_the_rl_table_shows_start_end_and_spread(tmp_path):
+    for seed, end in enumerate((0.4, 0.8)):
+        (tmp_path / f"s{seed}").mkdir()
+        rows = [{"step": 0, "eval_accuracy": 0.1}, {"step": 1}, {"step": 2, "eval_accuracy": end}]
+        (tmp_path / f"s{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = evaluate.rl_table(tmp_path, "grpo-prior", {"linear": [tmp_path / "s0", tmp_path / "s1"]})
+    assert text.splitlines()[-1] == "| grpo-prior linear | 0.100 | 0.400, 0.800 | 0.600 | 0.283 |"
+    assert json.loads((tmp_path / "grpo-prior.json").read_text())["linear"]["end"] == pytest.approx([0.4, 0.8])
 
 
 def samples_of(pattern):
     """pattern: {question: string of 0 and 1}."""
-    return [{"question": q, "sample": i, "accuracy": float(c), "answered": 1.0, "tokens": 10, "completion": c, "style": "math"}
+    return [{"row": q, "question": "the same for all", "sample": i, "accuracy": float(c), "answered": 1.0, "tokens": 10, "completion": c, "style": "math"}
             for q, row in pattern.items() for i, c in enumerate(row)]
 
 
@@ -66,7 +98,9 @@ def test_score_by_hand():
 
 def test_arms():
     arms = arms_of(["all"], ["code", "math"], 0.8)
-    assert arms["latent + sampling"] == ("prior", 0.8) and arms["latent"] == ("prior", 0.0) and arms["code"] == ("code", 0.0)
+    assert arms == {"greedy": ("none", 0.0), "sampling": ("none", 0.8), "noise": ("noise", 0.0), "gauss": ("gauss", 0.0),
+                    "latent": ("prior", 0.0), "latent + sampling": ("prior", 0.8), "code": ("code", 0.0), "math": ("math", 0.0)}
+    assert list(arms_of(["all"], [], 1.0, with_vae=False)) == ["greedy", "sampling", "noise"]
     assert list(arms_of(["greedy", "noise"], [], 1.0)) == ["greedy", "noise"]
     with pytest.raises(ValueError, match="unknown arm 'poetry'"):
         arms_of(["poetry"], [], 1.0)

@@ -87,7 +87,7 @@ def test_token_weights_sum_to_one():
 
 def test_groups_without_signal_are_counted_and_exactly_zero():
     args = SimpleNamespace(group=3, algorithm="grpo")
-    rollouts = fake_rollouts([1] * 6, [0.1, 0.1, 0.1, 0, 1, 0])
+    rollouts = fake_rollouts([1] * 6, [0.7, 0.7, 0.7, 0, 1, 0])            # the float mean of three 0.7 is not 0.7
     assert set_advantages(rollouts, args) == (2, 1)
     assert [r.advantage for r in rollouts[:3]] == [0.0] * 3 and rollouts[4].advantage > 0 > rollouts[3].advantage
 
@@ -191,7 +191,7 @@ def test_the_reward_is_the_weighted_sum_of_its_parts_and_each_is_logged(model, t
     for r in rollouts:
         assert r.reward == r.rewards["accuracy"] + 0.5 * r.rewards["overlong"]
         assert r.rewards["overlong"] == (0.0 if len(r.completion_ids) <= 10 else -0.5 if len(r.completion_ids) == 11 else -1.0)
-    row = grpo.summary(rollouts, [({"loss": 0, "tokens": 1, "clipped": 0, "log_ratio": 0, "kl": 0}, 0.0)], 4, 0, ALONE)
+    row = grpo.summary(rollouts, [({"loss": 0, "tokens": 1, "clipped": 0, "log_ratio": 0, "kl": 0, "entropy": 0}, 0.0)], 4, 0, ALONE)
     assert row["reward"] == pytest.approx(sum(r.reward for r in rollouts) / 16)
     guided = [r for r in rollouts if r.guided]
     assert row["rollouts_guided"] == len(guided) and row["overlong_guided"] == pytest.approx(
@@ -226,6 +226,40 @@ def test_a_kl_term_pulls_towards_the_reference(model, tokenizer, vae, task):
     assert sums["kl"] == pytest.approx(0.0, abs=1e-4)                       # the policy still is the reference
     sums, _ = update(model, make_optimizer(model, 1e-2), reference, rollouts, args, ALONE)
     assert sums["kl"] > 1e-3 and sums["log_ratio"] > 0
+    for r in rollouts:                                                      # nothing but the KL term is left
+        r.advantage = 0.0
+    optimizer, before = make_optimizer(model, 3e-3), sums["kl"]
+    for _ in range(10):
+        sums, _ = update(model, optimizer, reference, rollouts, args, ALONE)
+    assert sums["kl"] < 0.5 * before
+
+
+def test_the_clip_bounds_reach_the_loss_in_their_order(model, tokenizer, vae, task, monkeypatch):
+    args, seen = arguments(clip_low=0.1, clip_high=0.3), []
+    rollouts = rollouts_of(model, tokenizer, vae, task, args)
+    original = grpo.policy_loss
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a: seen.append(a[4:6]) or original(*a))
+    update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
+    assert seen and set(seen) == {(0.1, 0.3)}
+
+
+def test_filters_of_the_sampling_are_those_of_the_scoring(model, tokenizer, vae, task):
+    """Bug 2 of design.md: sampled with top-p, top-k and a temperature, scored without."""
+    args = arguments(temperature=0.8, top_p=0.7, top_k=20)
+    sums = gradient_of(model, rollouts_of(model, tokenizer, vae, task, args), args)[1]
+    assert sums["tokens"] > 50 and sums["log_ratio"] / sums["tokens"] < 1e-5
+    assert sums["entropy"] / sums["tokens"] < math.log(20)
+
+
+def test_every_step_samples_anew(model, tokenizer, vae, task):
+    task.train[:] = task.train[:4]                                          # the same four prompts at every step
+    args, decoder = arguments(schedule="constant"), Decoder(model)
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
+    one, two = ({r.prompt_ids[1:] and tuple(r.prompt_ids + r.completion_ids) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)}
+                for step in (0, 1))
+    assert not one & two
+    latents = [{tuple(r.latent.flatten().tolist()) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)} for step in (0, 1)]
+    assert not latents[0] & latents[1]
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from prefix import Completion, Palette, load_policy, texts_of
+from prefix import Completion, Palette, end_ids, load_policy, texts_of
 
 
 @pytest.fixture
@@ -58,6 +58,34 @@ def test_gauss_draws_have_the_mean_and_spread_of_h(vae, table):
     expected = vae.gauss_factor.pow(2).sum(0).sqrt()
     assert ((rows.mean(0) - vae.mean).abs() < 5 * expected / math.sqrt(2000)).all()
     torch.testing.assert_close(rows.std(0), expected, rtol=0.1, atol=1e-4)
+
+
+def test_the_mixture_takes_every_domain_about_equally_often(vae, table):
+    z = torch.cat(Palette(vae, table, "mixture", length=1).draw(range(600))[1])
+    nearest = torch.cdist(z, vae.domain_mean).argmin(1).bincount(minlength=3) / 600
+    assert ((nearest - 1 / 3).abs() < 0.12).all(), nearest
+
+
+def test_end_tokens_come_from_model_tokenizer_and_chat_template(model, tokenizer):
+    assert end_ids(model, tokenizer) == [1]
+    model.generation_config.eos_token_id = [7, 9]
+    assert end_ids(model, tokenizer) == [1, 7, 9]
+
+    class Template:
+        eos_token_id, chat_template, all_special_ids = None, "yes", [50, 51]
+
+        def apply_chat_template(self, messages, tokenize):
+            return "<user>Q<assistant>A<|im_end|> more"
+
+        def __call__(self, text, add_special_tokens):
+            assert text == "<|im_end|> more"
+            return {"input_ids": [51, 2]}
+
+    assert end_ids(model, Template()) == [7, 9, 51]
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    Template.all_special_ids = []
+    with pytest.raises(ValueError, match="names no end token"):
+        end_ids(model, Template())
 
 
 def test_no_prefix_at_length_zero_and_for_source_none(vae, table):

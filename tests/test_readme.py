@@ -29,4 +29,4 @@ def test_every_flag_of_the_readme_is_one_of_its_script(script):
     commands = [line for line in README.replace("\\\n", " ").splitlines() if f" {script}" in line and line.strip().startswith(("python", "torchrun"))]
     for command in commands:
         for flag in re.findall(r"--[a-z][a-z-]*", command.split(script, 1)[1].split("#")[0]):
-            assert flag in known, (script, flag)
+            assert flag in re.findall(r"--[a-z][a-z-]*", known), (script, flag)

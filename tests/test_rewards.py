@@ -89,6 +89,16 @@ def test_documents_keep_one_style_and_their_titles_hint_at_it():
     assert 100 < titled < 250 and 20 < soft_rows < 100
 
 
+def test_without_context_the_good_styles_are_rare():
+    rng, styles = random.Random(3), []
+    for _ in range(3000):
+        words, n_title, _ = tiny_document(rng, 80)
+        if n_title == 0 and words[0] == QUESTION:
+            answer = " ".join(words).split(ANSWER)[1]
+            styles.append(tiny_style(answer.split(END)[0]))
+    assert len(styles) > 300 and styles.count("qa") >= len(styles) - 2
+
+
 def test_style_words_do_not_overlap():
     words = sum(STYLE_WORDS.values(), [])
     assert len(words) == len(set(words)) and len(TINY_VOCABULARY) == len(set(TINY_VOCABULARY))
@@ -126,16 +136,33 @@ def test_malformed_rows_name_file_and_line(tmp_path, content, message):
 
 
 def test_tasks_without_data_say_what_is_missing():
-    with pytest.raises(ValueError, match="no data of its own"):
+    with pytest.raises(ValueError, match="no train rows of its own"):
         load_task("mine")
     with pytest.raises(ValueError, match="no such file: nowhere.jsonl"):
-        load_task("mine", train="nowhere.jsonl")
+        load_task("mine", train="nowhere.jsonl", test="x")
     with pytest.raises(ValueError, match="makes its own questions"):
         load_task("tiny", test="x.jsonl")
 
 
 def test_prompt_formats(tokenizer):
     assert tokenizer.decode(prompt_ids("calc 1 + 1", tokenizer)) == "<q> calc 1 + 1 <a>"
+
+    asked = {}
+
+    class Chat:
+        chat_template = "yes"
+
+        def apply_chat_template(self, messages, **options):
+            asked.update(options, messages=messages)
+            return "TEXT"
+
+        def __call__(self, text, **options):
+            asked.update(options)
+            return {"input_ids": text}
+
+    assert prompt_ids("How many?", Chat(), "\nBox it.") == "TEXT"
+    assert asked == {"messages": [{"role": "user", "content": "How many?\nBox it."}], "tokenize": False,
+                     "add_generation_prompt": True, "add_special_tokens": False}     # the template wrote them already
 
     class Plain:
         chat_template = None

@@ -1,5 +1,6 @@
 """sft.py: the loss under a prefix, run folders, exact resume, and the tiny base's documents."""
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import sft
 from prefix import Palette
-from rewards import ANSWER, END, PAD, QUESTION, TINY_VOCABULARY
+from rewards import ANSWER, END, PAD, QUESTION, TINY_VOCABULARY, tiny_document
 from sft import Ranks, Run, answer_ids, lm_step, seed_of, tiny_batch, warmup
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -66,6 +67,50 @@ def test_the_end_token_is_learnt_even_where_it_is_also_the_pad_token(model, toke
         optimizer.zero_grad()
     logits = model(input_ids=torch.tensor([[WORD_ID["calc"], WORD_ID["so"]]])).logits[0, -1]
     assert logits.argmax().item() == WORD_ID[END]
+
+
+def test_every_rank_divides_by_the_answer_tokens_of_all_ranks(model, rows_and_prefixes, monkeypatch):
+    """Bug 3 of design.md: two ranks with uneven shares. Their gradients must add up to one rank's."""
+    rows, prefixes = rows_and_prefixes
+    lm_step(model, rows, prefixes, ALONE)
+    expected, count = gradients(model), sum(len(answer) for _, answer in rows)
+    model.zero_grad()
+    for share in (slice(0, 3), slice(3, 8)):
+        rank = Ranks(0, 1, torch.device("cpu"))
+        rank.total = lambda values: [count]                 # what all_reduce would give
+        lm_step(model, rows[share], prefixes[share], rank)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(expected[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_gradients_are_clipped_and_a_broken_one_stops_the_run(model):
+    for scale, moved in ((0.01, True), (100.0, True), (float("nan"), False)):
+        weight = torch.nn.Linear(1, 1, bias=False)
+        weight.weight.grad = torch.full((1, 1), scale)
+        before, optimizer = weight.weight.item(), torch.optim.SGD(weight.parameters(), lr=1.0)
+        if moved:
+            assert sft.apply_gradients(weight, [optimizer], ALONE) == pytest.approx(scale)
+            assert before - weight.weight.item() == pytest.approx(min(scale, 1.0), rel=1e-4)
+        else:
+            with pytest.raises(ValueError, match="not finite"):
+                sft.apply_gradients(weight, [optimizer], ALONE)
+            assert weight.weight.item() == before
+
+
+def test_the_warm_up_draws_fresh_latents_and_fresh_traces_at_every_step(tmp_path, policy_folder, vae, traces, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sft, "lm_step", lambda model, rows, prefixes, *_: seen.append((rows, prefixes)) or (1.0, 1))
+    monkeypatch.setattr(sft, "apply_gradients", lambda *_: 0.0)
+    warm(tmp_path, "r", policy_folder, vae, traces)
+    assert len(seen) == 5 and len({str(rows) for rows, _ in seen}) == 5
+    assert len({tuple(prefix.flatten().tolist()) for _, prefixes in seen for prefix in prefixes}) == 5 * 6
+
+
+def test_answers_carry_their_end_token_and_over_long_prompts_are_left_out(tokenizer, traces):
+    prompt, answer = answer_ids({"question": "calc 1 + 1 ?", "answer": "so 2"}, tokenizer, "auto", 64)
+    assert tokenizer.decode(prompt) == "<q> calc 1 + 1 ? <a>" and tokenizer.decode(answer) == "so 2 <end>"
+    assert answer_ids({"question": "calc 1 + 1 ?", "answer": "so 2"}, tokenizer, "auto", 5) == (None, None)
+    assert answer_ids(traces[0], tokenizer, "auto", 20)[1][-1] != WORD_ID[END]
 
 
 def warm_args(**changes):
@@ -132,6 +177,32 @@ def test_run_folders_refuse_other_settings_and_unfinished_runs(tmp_path, model, 
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, model, tokenizer):
+    run = Run(tmp_path / "r", {"lr": 1.0}, ALONE)
+    run.save(1, model, tokenizer, [])
+    run.log("metrics", {"step": 1})
+    (tmp_path / "r" / "mine.txt").write_text("precious")
+    Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "mine.txt"]
+
+
+def test_a_torn_last_line_is_dropped_on_resume(tmp_path, model, tokenizer):
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.log("metrics", {"step": 1}, {"step": 2})
+    run.save(2, model, tokenizer, [])
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "completion": "\\boxed{5}')
+    (tmp_path / "r" / "traces.jsonl").write_text('{"question": "not a metric"}\n')
+    assert run.restore(model, [])["step"] == 2
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "r" / "traces.jsonl").read_text() == '{"question": "not a metric"}\n'
+
+
+def test_an_unusable_device_is_one_sentence():
+    with pytest.raises(ValueError, match="--device banana cannot be used here"):
+        Ranks.start("banana")
+
+
 def test_a_save_that_fails_leaves_the_old_one_and_no_debris(tmp_path, model, tokenizer, monkeypatch):
     run = Run(tmp_path / "r", {}, ALONE)
     run.save(1, model, tokenizer, [])
@@ -174,6 +245,11 @@ def test_tiny_documents_weigh_what_is_to_be_learnt():
                 assert value == 1.0, (word, position)
     changed = (embeddings != table[ids]).any(-1)
     assert changed.any() and not changed[:, 8:].any()       # soft rows stand in titles only
+    rng = random.Random(seed_of(0, "document", 0))
+    for row, (_, _, soft) in zip(embeddings, [tiny_document(rng, 80) for _ in range(16)]):
+        for position, bag in soft.items():
+            mean = sum(table[WORD_ID[word]] for word in bag) / len(bag)
+            torch.testing.assert_close(row[position], mean)
 
 
 def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import vae as vae_script
 from vae import VAE, fit_domains, load_traces, mean_pool, pca, report, train_vae
 
 
@@ -93,6 +94,13 @@ def test_training_beats_the_mean_and_a_huge_beta_shows_as_collapse(tmp_path, tok
     assert figures["reconstruction"] > 0.95 * figures["predict_the_mean"]
 
 
+def test_every_tenth_trace_is_held_out(tmp_path, tokenizer, traces, model):
+    table = model.get_input_embeddings().weight.detach()
+    changed = [{**trace, "answer": "hello room"} if i % 10 == 9 else trace for i, trace in enumerate(traces)]
+    one, two = (train_vae(rows, tokenizer, table, tmp_path / name, epochs=2) for name, rows in (("a", traces), ("b", changed)))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
 def test_the_gauss_control_has_the_covariance_of_h(tmp_path, tokenizer, traces, model):
     table = model.get_input_embeddings().weight.detach()
     vae = train_vae(traces, tokenizer, table, tmp_path, epochs=1)
@@ -116,6 +124,29 @@ def test_a_policy_is_recognised_by_its_embedding_table(vae, model):
         vae.check_policy(table[:, :64])
     with pytest.raises(ValueError, match="another embedding table"):
         vae.check_policy(table.roll(1, 0))
+
+
+def test_conversations_give_the_first_answered_human_turn(tmp_path):
+    turns = [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps({"conversations": turns}) + "\n" + json.dumps({"conversations": turns[:1]}) + "\n")
+    assert load_traces([f"qa={path}"], limit=1) == [{"question": "q", "answer": "a", "domain": "qa"}]
+    with pytest.raises(ValueError, match="line 2: no 'answer'"):
+        load_traces([f"qa={path}"])
+
+
+def test_a_second_run_reuses_the_vae_and_refuses_other_settings(tmp_path, policy_folder, traces, capsys):
+    path, out = tmp_path / "t.jsonl", tmp_path / "vae"
+    path.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    argv = ["--model", str(policy_folder), "--traces", str(path), "--out", str(out), "--epochs", "1"]
+    vae_script.main(argv)
+    before = (out / "vae.safetensors").stat().st_mtime_ns
+    vae_script.main(argv)
+    assert (out / "vae.safetensors").stat().st_mtime_ns == before and f"using {out}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another latent .was 8, now 4."):
+        vae_script.main([*argv, "--latent", "4"])
+    vae_script.main([*argv, "--latent", "4", "--overwrite"])
+    assert VAE.load(out).latent == 4
 
 
 @pytest.mark.parametrize("content, message", [
