@@ -296,5 +296,24 @@ def main(argv=None):
     return figures
 
 
+def close_rl(args, folders, policies, device):
+    """The tables and pictures that close grpo.py's main job. args: grpo.py's; folders: {schedule: run folders}."""
+    root = Path(args.out)
+    if args.arms != ["none"]:
+        policy = policies.get("prior", policies.get("none"))
+        print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
+        main(["--model", policy, "--vae", args.vae, "--task", args.task, "--prompt", args.prompt, "--device", args.device,
+              "--questions", str(args.arm_questions), "--samples", str(args.arm_samples), "--length", str(args.length),
+              "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots), "--out", str(root / "evaluation"),
+              "--arms", *args.arms, *(["--independent"] if args.independent else []),
+              *(["--test-data", args.test_data] if args.test_data else [])])
+    name = f"{args.algorithm}-{args.source}"
+    picture = draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
+    print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
+    print(rl_table(root, name, folders))
+    pictures = [str(path) for path in (picture, *sorted(root.glob("*/*.png"))) if path]
+    print(f"\n{hardware(device)}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
+
+
 if __name__ == "__main__":
     run_main(main, "evaluate.py")

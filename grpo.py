@@ -143,7 +143,8 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
         rewards = task.judge(text, asked[p]["answer"], c.finish)
         rewards["overlong"] = overlong(len(c.ids), args.max_new_tokens, args.max_new_tokens // 5)
         reward = sum(weight * rewards[name] for name, weight in args.reward.items())
-        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text, rewards, reward))
+        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text, rewards,
+                                reward))
     return rollouts
 
 
@@ -152,8 +153,8 @@ def check_prompts(task, tokenizer, args):
     for row in task.train + task.test[:args.eval_questions]:
         length = len(prompt_ids(row["question"], tokenizer, task.instruction, args.prompt))
         if length > args.max_prompt:
-            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
-                             f"{row['question'][:80]!r}")
+            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the "
+                             f"question {row['question'][:80]!r}")
 
 
 def sampling_of(args):
@@ -240,7 +241,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         accuracy = row.get("eval_accuracy", accuracy)
         bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{accuracy:.2f}")
         run.log("metrics", row)
-        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in rollouts[::args.group] + rollouts[args.group - 1::args.group]])
+        shown = rollouts[::args.group] + rollouts[args.group - 1::args.group]      # each group's first (guided, if any) and last
+        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in shown])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save(step + 1, model, tokenizer, [optimizer])
     run.finish(model, tokenizer)
@@ -262,15 +264,17 @@ def summary(rollouts, steps, groups, silent, ranks):
                                                        for name, value in zip(names, values)}})
     loss, tokens, clipped, log_ratio, kl, entropy, groups, silent, start_sum, start_tokens = sums[3 * width:]
     tokens = max(tokens, 1)
-    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1), "kl": kl / tokens, "entropy": entropy / tokens,
-            "gradient_norm": sum(norm for _, norm in steps) / len(steps), "groups_without_signal": int(silent),
-            "groups": int(groups)}
+    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "kl": kl / tokens, "entropy": entropy / tokens,
+            "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1),
+            "gradient_norm": sum(norm for _, norm in steps) / len(steps),
+            "groups": int(groups), "groups_without_signal": int(silent)}
 
 
 def sample_row(rollout, step, source):
     """What samples.jsonl keeps of a rollout: enough to read it, and to rebuild its prefix."""
-    return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text, **rollout.rewards,
-            "reward": rollout.reward, "advantage": rollout.advantage, "finish": rollout.finish, "prefix": source if rollout.guided else "none",
+    return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text,
+            **rollout.rewards, "reward": rollout.reward, "advantage": rollout.advantage, "finish": rollout.finish,
+            "prefix": source if rollout.guided else "none",
             "latent": rollout.latent.tolist() if rollout.latent is not None else None}
 
 
@@ -293,10 +297,10 @@ def prepare(args, ranks):
     policies = {}
     for kind in dict.fromkeys("none" if schedule == "none" else "prior" for schedule in args.schedules):
         folder = root / ("sft-none" if kind == "none" else "sft")
-        shared = ["--precision", args.precision, "--device", args.device, "--tokens-per-batch", str(args.tokens_per_batch),
-                  "--prompt", "plain" if args.prompt == "few-shot" else args.prompt]
-        stage(sft.main, ["--model", base, "--vae", args.vae, "--prefix", kind, "--out", str(folder), "--lr", str(args.sft_lr),
-                         "--batch", str(args.sft_batch), "--limit", str(args.limit), "--resume", *traces, *shared], "sft.py", ranks)
+        argv = ["--model", base, "--vae", args.vae, "--prefix", kind, "--out", str(folder), "--lr", str(args.sft_lr), "--batch",
+                str(args.sft_batch), "--limit", str(args.limit), *traces, "--precision", args.precision, "--device", args.device,
+                "--prompt", "plain" if args.prompt == "few-shot" else args.prompt, "--resume"]
+        stage(sft.main, argv, "sft.py", ranks)
         policies[kind] = str(folder / "policy")
     return policies
 
@@ -351,7 +355,7 @@ def add_model_flags(parser):
     loss.add_argument("--reward", nargs="+", default=["accuracy=1"], metavar="NAME=WEIGHT",
                       help=f"the reward is their weighted sum; names: {', '.join(REWARDS)} (default: accuracy=1)")
     loss.add_argument("--algorithm", choices=("grpo", "rloo", "dr-grpo"), default="grpo", help="advantages (default: grpo)")
-    loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="mean of the loss (default: token)")
+    loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="(default: token)")
     loss.add_argument("--clip-low", type=float, default=0.2, help="PPO clip below 1 (default: 0.2)")
     loss.add_argument("--clip-high", type=float, default=0.2, help="PPO clip above 1 (default: 0.2)")
     loss.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
@@ -401,8 +405,8 @@ def parse_args(argv=None):
 def checked(parser, args):
     """Refuse, before any work, what would fail after an hour or train on nothing."""
     require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
-                     "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch", "limit",
-                     "base_steps")
+                     "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch",
+                     "limit", "base_steps")
     try:
         args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
     except ValueError:
@@ -429,8 +433,6 @@ def checked(parser, args):
         sampling_of(args)
     except ValueError as error:
         parser.error(str(error))
-    if args.prompts % args.minibatches:
-        parser.error(f"--prompts {args.prompts} cannot be split into {args.minibatches} --minibatches")
     return args
 
 
@@ -441,7 +443,7 @@ def main(argv=None):
     if not task.train or not task.test:
         raise ValueError(f"the task '{args.task}' needs training and test rows: give --train-data and --test-data")
     if args.prompts % (ranks.world * args.minibatches):
-        raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} --minibatches")
+        raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
     if args.model != "tiny":
         check_prompts(task, load_tokenizer(args.model), args)
     policies, folders = prepare(args, ranks), {}
@@ -459,7 +461,7 @@ def main(argv=None):
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
     if ranks.rank == 0:
-        finish(args, folders, policies, ranks.device)
+        evaluate.close_rl(args, folders, policies, ranks.device)
 
 
 def train_one(args, task, run, start):
@@ -470,25 +472,6 @@ def train_one(args, task, run, start):
     latents = None if source in ("none", "noise") else vae_stage.VAE.load(args.vae)
     palette = Palette(latents, model.get_input_embeddings().weight.detach(), source, args.length, not args.independent)
     train(model, tokenizer, task, palette, run, args, reference)
-
-
-def finish(args, folders, policies, device):
-    """The tables and pictures that close the main job."""
-    root = Path(args.out)
-    if args.arms != ["none"]:
-        policy = policies.get("prior", policies.get("none"))
-        print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
-        evaluate.main(["--model", policy, "--vae", args.vae, "--task", args.task, "--prompt", args.prompt,
-                       "--questions", str(args.arm_questions), "--samples", str(args.arm_samples), "--length", str(args.length),
-                       "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots), "--device", args.device,
-                       "--out", str(root / "evaluation"), "--arms", *args.arms, *(["--independent"] if args.independent else []),
-                       *(["--test-data", args.test_data] if args.test_data else [])])
-    name = f"{args.algorithm}-{args.source}"
-    picture = evaluate.draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
-    print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")
-    print(evaluate.rl_table(root, name, folders))
-    pictures = [str(path) for path in (picture, *sorted(root.glob("*/*.png"))) if path]
-    print(f"\n{evaluate.hardware(device)}\nmetrics and samples: {root}/{args.algorithm}-*\npictures: {' '.join(pictures) or 'none'}")
 
 
 if __name__ == "__main__":

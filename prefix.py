@@ -548,7 +548,8 @@ def main(argv=None):
         draws = 1 if source == "none" and args.temperature == 0 else args.draws
         seeds = [args.seed + i for i in range(draws)]
         prefixes, _ = Palette(vae, table, source, args.length, not args.independent).draw(seeds)
-        completions = decoder.generate([ids] * draws, prefixes, Sampling(args.temperature, max_new_tokens=args.max_new_tokens), seeds)
+        sampling = Sampling(args.temperature, max_new_tokens=args.max_new_tokens)
+        completions = decoder.generate([ids] * draws, prefixes, sampling, seeds)
         for completion in completions:
             print(f"{source:>8}: {tokenizer.decode(completion.ids, skip_special_tokens=True)}")
 

@@ -397,8 +397,8 @@ def main(argv=None):
         before = json.loads(known.read_text()).get("settings", {})
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
-            raise ValueError(f"{args.out} holds a VAE trained with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
-                             f"{settings[changed[0]]!r}): choose another --out, or --overwrite to replace it")
+            raise ValueError(f"{args.out} holds a VAE trained with another {', '.join(changed)} (was {before.get(changed[0])!r}, "
+                             f"now {settings[changed[0]]!r}): choose another --out, or --overwrite to replace it")
         return print(f"using {args.out}")
     name = find_model(args.model)
     traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)

@@ -349,7 +349,7 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
     (["--group", "1"], "--group must be at least 2, not 1"), (["--length", "-1"], "--length must be 0 or more"),
     (["--temperature", "0"], "--temperature must be above 0"), (["--steps", "0"], "--steps must be at least 1"),
     (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"),
-    (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"), (["--prompts", "8", "--minibatches", "3"], "cannot be split"),
+    (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -359,6 +359,7 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
 
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
     for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "grpo.py: no such file: nowhere.jsonl"),
+                          (["--prompts", "8", "--minibatches", "3"], "cannot be split over 1 ranks x 3 minibatches"),
                           (["--model", "/nowhere", "--task", "tiny", "--traces", "nowhere.jsonl", "--out", str(tmp_path)], "nowhere")):
         done = subprocess.run([sys.executable, str(ROOT / "grpo.py"), *argv], capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
