@@ -15,16 +15,15 @@ Run it:
     python rewards.py --task gsm8k --data PATH.jsonl     # a task: its first prompt, the number of its rows
 """
 import argparse
+import ast
 import json
 import random
 import re
 import sys
-import threading
-from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import factorial, gcd, isqrt
+from math import factorial, prod
 from pathlib import Path
 from typing import Callable
 
@@ -325,422 +324,308 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 3. The verifier
+#
+# An answer is never run as code and never rounded. It is spelled as a Python expression, Python's own parser makes a tree of
+# that, and evaluate() walks the tree. Numbers are computed modulo a fixed 280-bit prime P, where + - * / and powers keep their
+# laws and nothing grows. Equal numbers have equal residues. Unequal ones differ: fractions of up to 40 digits for certain, all
+# others but for odds below 1e-60 (Schwartz 1980). What does not parse, or is too large, is *undecided*: not equal.
+#
+# The rules. 0.33 != 1/3. A percent is its value: 50% = 0.5, 50% != 50. A unit or a currency counts only where both
+# answers have one: 5 = 5 cm, 5 cm != 5 m. `x = v` and `x in v` equal a bare v; two names must agree. A bare list equals
+# a set, in any order; a tuple is ordered, its brackets count, it equals no list. 1,234 is a number, (1,234) a pair.
+# 52_8 equals neither 52 nor 42: the base was asked for. Words are compared without case.
 
-MAX_CHARS, MAX_DEPTH, MAX_BITS, MAX_WORK = 1000, 25, 20_000, 2000     # beyond any of them an answer is undecided
-_work = threading.local()                                             # what one check may still spend, per thread
-
-
-class Undecided(Exception):
-    """The answer lies outside the language, or would cost more than one check may spend."""
+MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT = 500, 60, 10_000  # beyond any of them an answer is undecided
 
 
 def require(condition, why):
     if not condition:
-        raise Undecided(why)
+        raise ValueError(why)                            # the answer is undecided
 
 
-def spend(units):
-    """Take `units`, about 5 microseconds each, from what this thread's check may cost."""
-    _work.left -= units
-    require(_work.left >= 0, "too much work")
+# ---- Values: numbers modulo P, and shapes ----
+# P is -1 modulo 8 and modulo every odd prime below 200. By quadratic reciprocity all these primes are squares modulo P,
+# and -1 is none. The squares form a group of odd order P // 2: each has exactly one n-th root there, and roots multiply
+# as those of positive reals do: sqrt(2) sqrt(3) = sqrt(6), without any factorization.
+P = 456 * prod(q for q in range(3, 200) if all(q % f for f in range(2, q))) - 1
 
 
-# ---- Exact numbers: a frozenset of (radicand, Fraction). Any other value is a tuple that starts with its kind. ----
-def number(value, radicand=1):
-    return frozenset({(radicand, Fraction(value))} if value else ())
+@dataclass(frozen=True)
+class Number:
+    """a + b i modulo P."""
+    a: int
+    b: int = 0
+    kind = "number"
+
+    def __add__(x, y):
+        return Number((x.a + y.a) % P, (x.b + y.b) % P)
+
+    def __mul__(x, y):
+        return Number((x.a * y.a - x.b * y.b) % P, (x.a * y.b + x.b * y.a) % P)
+
+    def inverse(x):
+        n = pow(x.a * x.a + x.b * x.b, -1, P)            # a ValueError if x = 0
+        return Number(x.a * n % P, -x.b * n % P)
+
+    def fraction(x):
+        """The fraction n/d, both below 2^64, whose residue is x, or None. There is at most one, and Euclid finds it."""
+        r, s, t, u = P, x.a, 0, 1                        # all the way s = u x modulo P
+        while s >= 1 << 64:
+            r, s, t, u = s, r % s, u, t - r // s * u
+        return Fraction(s, u) if abs(u) < 1 << 64 and x.b == 0 else None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Any other value: an interval, a tuple, a list, a set, an equation, infinity, words. It obeys no arithmetic."""
+    kind: str
+    items: object
+    name: str = ""
+
+
+I, ONE, MINUS = Number(0, 1), Number(1), Number(P - 1)
+
+
+def number(fraction):
+    return Number(fraction.numerator * pow(fraction.denominator, -1, P) % P)
 
 
 @lru_cache(maxsize=4096)
-def symbol(name, point):
-    """What a letter, a unit or an unexpanded function stands for at `point` (0 or 1): about 1e8, of either sign."""
-    draw = random.Random(f"{point} {name}").randrange(10 ** 13, 10 ** 14)
-    return number(Fraction((-1) ** point * draw, 999_983))
+def symbol(*name):
+    """The random number that a letter, a unit or a function we cannot expand stands for."""
+    return Number(random.Random(str(name)).randrange(P))
 
 
-def rational(p):
-    """The Fraction that p is, or None for an irrational number."""
-    return sum(c for _, c in p) if p <= number(sum(c for _, c in p)) else None
+def power(x, exponent):
+    """x ** exponent: exact for a whole exponent or a rational x, otherwise a symbol that only equals itself."""
+    e = exponent.fraction()
+    if e is None or e.denominator > 1 and x.fraction() is None:
+        return symbol(x, "to the", exponent)
+    n, d = e.numerator, e.denominator
+    require(abs(e) <= MAX_EXPONENT and (x != Number(0) or n > 0), "a huge power or zero to the zero")
+    if d > 1:
+        positive = x.fraction() >= 0
+        require(positive or d % 2 or d == 2, "a complex root")
+        sign = ONE if positive else I if d == 2 else MINUS           # odd roots are real: the third root of -8 is -2
+        y = x.a if positive else -x.a % P
+        r = pow(y, pow(d, -1, P // 2), P)
+        if pow(r, d, P) != y:                            # a prime above 200 may be no square; then minus it is one
+            sign, r = sign * symbol("root of -1", d), pow(-y, pow(d, -1, P // 2), P)
+        x = sign * Number(r)
+    if x.b == 0:
+        return Number(pow(x.a, n, P))
+    require(abs(n) <= 100, "a huge complex power")
+    return prod([x if n > 0 else x.inverse()] * abs(n), start=ONE)
 
 
-def add(p, q, sign=1):
-    """p + sign * q. Undecided for values that are not numbers (an interval, a list)."""
-    require(isinstance(p, frozenset) and isinstance(q, frozenset), "arithmetic on a structure")
-    spend(len(p) // 4)
-    out = dict(p)
-    for n, c in q:
-        out[n] = out.get(n, 0) + sign * c
-    return frozenset((n, c) for n, c in out.items() if c)
+def function(name, x):
+    """A function of x where we can expand it, otherwise the symbol that its name and argument stand for."""
+    n = x.fraction()
+    if name == "abs" and n is not None:
+        return number(abs(n))
+    if name == "factorial_" and n is not None and n.denominator == 1 and 0 <= n <= 2100:
+        return Number(factorial(n.numerator) % P)
+    if name in ("exp", "sqrt"):
+        return power(symbol("e_"), x) if name == "exp" else power(x, number(Fraction(1, 2)))
+    return x * number(Fraction(1, 100)) if name == "percent_" else symbol(name, x)
 
 
-def mul(p, q):
-    """p * q, by sqrt(m) sqrt(n) = g sqrt(mn/g^2) with g = gcd(m, n), and minus that where both are negative."""
-    require(isinstance(p, frozenset) and isinstance(q, frozenset), "arithmetic on a structure")
-    out = {}
-    for m, a in p:
-        for n, b in q:
-            g = gcd(m, n)
-            c = a * b * (-g if m < 0 and n < 0 else g)
-            spend(1 + ((c.numerator.bit_length() + c.denominator.bit_length()) // 1400) ** 2 + m.bit_length() // 500)
-            out[m * n // g ** 2] = out.get(m * n // g ** 2, 0) + c
-    return frozenset((n, c) for n, c in out.items() if c)
-
-
-def inverse(p):
-    """1/p, its denominator made rational by conjugation: one prime (or -1) at a time changes the sign of its root."""
-    top, p = number(1), add(p, number(0))
-    while irrational := [n for n, _ in p if n != 1]:
-        n = irrational[0]
-        prime = -1 if n < 0 else next((f for f in range(2, 1000) if n % f == 0), n)
-        conjugate = frozenset((k, -c if (k < 0 if prime == -1 else k % prime == 0) else c) for k, c in p)
-        top, p = mul(top, conjugate), mul(p, conjugate)
-    require(p, "division by zero")
-    return mul(top, number(1 / rational(p)))
-
-
-def power(p, exponent, point):
-    """p ** exponent: exact for a rational exponent with a small denominator, otherwise a symbol."""
-    r = rational(add(exponent, number(0)))
-    if r is None or r.denominator > 9:
-        return symbol(f"power {sorted(add(p, number(0)))} {sorted(exponent)}", point)
-    bits = max((max(abs(c.numerator), c.denominator).bit_length() for _, c in p), default=1)
-    require(p or r > 0, "zero to the zero")
-    require(bits * abs(r) <= MAX_BITS and (len(p) < 2 or abs(r) < 100), "huge power")
-    out, n, base = number(1), abs(r.numerator), p if r > 0 else inverse(p)
-    while n:
-        out, base, n = mul(out, base) if n % 2 else out, mul(base, base) if n > 1 else base, n // 2
-    return root(out, r.denominator, point) if r.denominator > 1 else out
-
-
-def root(p, n, point):
-    """The real n-th root of p, i times it for the square root of a negative number; symbols where p is irrational."""
-    c = rational(p)
-    if not c:
-        return p if c == 0 else symbol(f"root {n} {sorted(p)}", point)
-    if c < 0:
-        require(n % 2 or n == 2, "complex root")
-        return mul(root(number(-c), n, point), number(1, -1) if n == 2 else number(-1))
-    rest, out = c.numerator * c.denominator ** (n - 1), 1
-    for f in range(2, 1000):
-        while rest % f ** n == 0:
-            rest, out = rest // f ** n, out * f
-        if f ** n > rest:
-            break
-    if n == 2:
-        whole = isqrt(rest) if isqrt(rest) ** 2 == rest else 1
-        return number(Fraction(out * whole, c.denominator), rest // whole ** 2)
-    return mul(number(Fraction(out, c.denominator)), number(1) if rest == 1 else symbol(f"root {n} {rest}", point))
-
-
-# ---- Reading: CLEAN removes what only decorates, lex() makes tokens, Reader a value ----
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
-GREEK = set("pi alpha beta gamma delta epsilon zeta eta theta lambda mu nu xi rho sigma tau phi chi psi omega".split())
-MORE = GREEK | FUNCTIONS | {"sqrt", "frac"}         # commands that may follow a factor: 2\\pi
+# ---- Spelling: CLEAN removes decoration and ambiguity, translate() writes Python ----
+SHAPES = {"matrix", "leftopen", "rightopen"}
+FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp"
+GREEK = "pi|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|tau|phi|omega"
+CALLED, NAMES = {*FUNCTIONS.split("|")} | SHAPES | {"frac", "sqrt", "abs"}, {*GREEK.split("|"), "infty", "minfty"}
 SCALES = dict(percent=Fraction(1, 100), dozen=12, hundred=100, thousand=1000, million=10**6, billion=10**9)
-UNITS = set("per cm mm km kg mg ml mL ft in yd mi lb oz hr min sec mph deg day cup men".split())     # the short ones
-COMPUTING = set("half halves third quarter squared cubed factorial plus minus times over modulo less more choose below "
-                "under negative inverse percentage divided root".split())
-ALIASES = dict(pair.split("=") for pair in (
-    "inche=in inch=in feet=ft foot=ft usd=dollar sec=s second=s hr=h hour=h deg=degree minute=min meter=m mile=mi "
-    "centimeter=cm kilometer=km gram=g kilogram=kg pound=lb liter=l").split())
-SIGNS = str.maketrans({
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "^2 ", "³": "^3 ",
-    "½": " \\frac12 ",
-    "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt ", "°": "^\\circ ", "∪": "\\cup ", "±": "\\pm ", "∈": "\\in "})
-COMMANDS = dict.fromkeys("left right big Big bigl bigr displaystyle boxed mathbf mathbb quad qquad".split(), " ")
+UNITS = dict(pair.split("=") for pair in (
+    "cm=centimeter km=kilometer mm=millimeter m=meter in=inch inche=inch ft=foot feet=foot yd=yard mi=mile mph=mph g=gram "
+    "kg=kilogram mg=milligram lb=pound oz=ounce mL=milliliter L=liter s=second sec=second min=minute h=hour hr=hour "
+    "day=day deg=degree cup=cup men=men N=newton J=joule W=watt V=volt usd=dollar").split())
+COMPUTING = set("half halve third quarter squared cubed factorial plus minus times over modulo less more choose below "
+                "under negative inverse percentage divided root trillion".split())       # words that are no units
+COMMANDS = dict.fromkeys("left right big Big bigl bigr displaystyle boxed mathbf mathbb quad".split(), " ")
 COMMANDS |= dict(pair.split("@") for pair in (
-    r"dfrac@\frac tfrac@\frac cfrac@\frac cdot@* times@* div@/ le@<= leq@<= ge@>= geq@>= ne@!= neq@!= "
-    r"lt@< gt@> approx@= vert@| lvert@| rvert@| lbrace@\{ rbrace@\} langle@( rangle@) degree@^\circ").split())
+    r"dfrac@\frac tfrac@\frac cfrac@\frac cdot@* times@* div@/ le@<= leq@<= ge@>= geq@>= ne@!= neq@!= lt@< gt@> "
+    r"vert@| lvert@| rvert@| lbrace@\{ rbrace@\} approx@= degree@^\circ").split())
+SIGNS = dict(pair.split("@") for pair in (
+    r"−@- –@- ×@* ·@* ÷@/ ≤@<= ≥@>= ≠@!= ²@^2 ³@^3 ½@\frac12 π@\pi ∞@\infty √@\sqrt °@^\circ ∪@\cup ±@\pm ∈@\in").split())
+BRACED = r"[^{}]*"
+for _ in range(5):                                       # what braces hold, with up to five more pairs inside
+    BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
 CLEAN = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\\$|^\$(?=[^$]*$)", "¤"),
-    (r"\$|`|^\*\*|\*\*$|^\s*\\[(\[]|\\[)\]]\s*$", " "), (r"\*\*", "^"),  # money, delimiters
-    (r"\\(?:text|mbox|textbf|textit|textrm|mathrm)\s*\{([^{}]*)\}", lambda m: quoted(m[1])),
-    # 1\frac45 becomes 1 4/5; 1{,}234 becomes 1234; 5 m is 5 metres but 5m is 5 times m; f(x) = 2 becomes f_x = 2
-    (r"(?<![\d.^_A-Za-z])(\d+)\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))", r"\1 \2\3/\4\5"),
-    (r"\\\\\s*\\end\b", r"\\end"), (r"\\(begin|end)\s*\{[pb]matrix\}", r"\\\1 "), (r"\\%", "%"),
+    (r"[^\x00-\x7f]", lambda m: f" {SIGNS.get(m[0], m[0])} "),
     (r"\\([A-Za-z]+)\*?", lambda m: COMMANDS.get(m[1], m[0])),
-    (r"(?<=\d)(?:,\\!|\{,\}|\\,)\s*(?=\d{3})", ""), (r"(?<!\\)\\[,;:!> ]|~", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?\s*([CF]\b)?", r' "degree\1" '), (r"(?<=\d)\s*x\s*(?=10\s*\^)", "*"),
-    (r"(?<![\\A-Za-z])inf(?:inity)?\b", r"\\infty "), (r"(?<![\\A-Za-z])in(?=\s*[\[({\\])", r"\\in "),
-    (r"(?<=[\d})])\s+([smghLNJWV])((?:\^\{?\d\}?)?\s*)$", r' "\1"\2'),
-    (r"(?<=[\d})])\s+([ck]?m|mi|ft)\s*/\s*(s|h|hr|min|sec)\s*$", r' "\1"/"\2"'),
-    (r"(?<=[a-z]{3})-(?=[a-z]{3})", " "), (r",?\s*(?<![\\A-Za-z])\"?(?:and|or)\"?(?![A-Za-z])\s*", ","),
-    (r"^([A-Za-z])\(([A-Za-z])\)(?=\s*=)", r"\1_\2"), (r"^\s*=|(?<!\.)\.\s*$", ""),
-    (r"^\s*\(?\s*([A-Z])\s*[).:]?\s*$", r"\1"))]
-LEX = re.compile(
-    r'(?P<number>[0-9]+\s+[0-9]+/[0-9]+|[0-9]+_(?:[0-9]+|\{[0-9]+\})|'
-    r'(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\\overline\{[0-9]+\})?(?:[eE][+-]?[0-9]+)?)|'
-    r'(?P<symbol>[A-Za-z]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\}))|(?P<word>"[A-Za-z]+"|[A-Za-z]+)|'
-    r'(?P<sign>\s+|\\(?:[A-Za-z]+|[{}\\])|<=|>=|!=|[-+*/^_=<>(){}\[\],;:|!%&¤£€])')
-THOUSANDS = re.compile(r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])(?:\.[0-9]+)?")
+    (r"\\begin ?\{[pb]matrix\}(.*?)(?:\\\\ ?)?\\end ?\{[pb]matrix\}",                      # \matrix((1,2,),(3,4,))
+     lambda m: r"\matrix(" + ",".join(f"({row},)" for row in m[1].replace("&", ",").split(r"\\")) + ")"),
+    (r"(?<=\d)(?:,\\!|\{,\}|\\,) ?(?=\d{3})", ""), (r"(?<!\\)\\[,;:!> ]|~", " "),          # 1{,}234; TeX's spaces
+    (r"^\\[(\[]|\\[)\]]$|^\*\*|\*\*$|`", " "), (r"\*\*", "^"), (r"\\%", "%"),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))",              # in brackets commas separate
+     lambda m: m[0].replace(",", "")),
+    (r"(?:\\\$|^\$(?=[^$]*$)) ?(\d[\d.]*)", r'\1 "dollar" '), (r"(?<!\\)\$", " "),
+    (r"^=|(?<!\.)\.$", ""), (r"^([A-Za-z])\(([A-Za-z])\)(?= ?=)", r"\1_\2"),                # f(x) = 2 is f_x = 2
+    (r"\\(?:text|mbox|textbf|textit|textrm|mathrm) ?\{([^{}]*)\}",
+     lambda m: re.sub("[A-Za-z]{2,}", r' "\g<0>" ', f" {m[1]} ")),
+    (r"\\frac ?(\d)", r"\\frac{\1}"), (rf"(\\frac ?\{{{BRACED}\}}) ?(\d)", r"\1{\2}"),     # \frac12
+    (r"(?<![\d.^_A-Za-z])(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"\1 \2/\3"),       # a mixed number: 1 4/5
+    (r"(?<![\d.^_A-Za-z])(\d+) (\d+)/(\d+)",                                      # 1 5/4 may be a product: undecided
+     lambda m: f"{{{m[1]}+{m[2]}/{m[3]}}}" if int(m[2]) < int(m[3]) else "?"),
+    (r"(\d*)\.(\d*)\\overline ?\{(\d+)\}",                                                 # 0.1666... is 0.1 + 6/90
+     lambda m: f"{{{m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])}}}"),
+    (r"\binf(?:inity)?\b", r"\\infty "), (r"- ?\\infty", r"\\minfty "),
+    (r"\^ ?\{? ?\\circ ?\}? ?([CF]\b)?", r' "degree\1" '), (r"(?<=\d) ?x ?(?=10 ?\^)", "*"),
+    (r"\|([^|]*)\|", r"\\abs(\1)"), (r'"?\bper\b"?', "/"),
+    (r"(?<=[\d})] )(UNIT)( ?/ ?(UNIT))?(?=( ?\^ ?\{?\d\}?)?$)".replace("UNIT", "|".join(UNITS)),
+     lambda m: re.sub("[A-Za-z]+", r'"\g<0>"', m[0])),                                    # 5 m, but 5m is 5 times m
+    (r'"?\b(?:square|sq)\b"? ?("?[a-z]+"?)', r"\1^2"), (r'"?\bcubic\b"? ?("?[a-z]+"?)', r"\1^3"),
+    (r',? ?(?<![\\A-Za-z])"?(?:and|or)"?(?![A-Za-z]) ?', ","),
+    (rf"(?<![\\A-Za-z])({FUNCTIONS}|pi|sqrt)(?![A-Za-z])", r"\\\1 "), (r"\\sqrt ?(\d+|[a-z])", r"\\sqrt{\1}"),
+    (rf"\\sqrt ?\[(\w+)\] ?(\{{{BRACED}\}}|\w)", r"(\2)^{1/\1}"),
+    (rf"\\({FUNCTIONS}) ?(?:\^ ?\{{?(\d+)\}}?)? ?(?:\(([^()]*)\)|\{{([^{{}}]*)\}}|((?:[\w.^ ]|\\(?:{GREEK})\b)+))",
+     lambda m: rf"(\{m[1]}{{{m[3] or m[4] or m[5]}}})^{m[2] or 1}"),                       # \sin^2 3x is (\sin{3x})^2
+    (r"\(([^()\[\]]*)\]", r"\\leftopen{\1}"), (r"\[([^()\[\]]*)\)", r"\\rightopen{\1}"),     # (a,b] and [a,b)
+    (r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}"), (r"^\(? ?([A-Z]) ?[).:]?$", r"\1"))]   # (C)
+TOKEN = re.compile(
+    r'(?P<name>[A-Za-z]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\})|[0-9]+_(?:[0-9]+|\{[0-9]+\}))|'
+    r'(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?!\d))?)|(?P<word>"[A-Za-z]+"|[A-Za-z]+)|'
+    r'(?P<sign>\\(?:[A-Za-z]+|[{}])|<=|>=|!=|[-+*/^=<>,;!%()\[\]{}])|(?P<other>\S)')
+PYTHON = {"{": "(", "}": ")", r"\{": "{", r"\}": "}", "^": "**", "!": "** factorial_", "%": "** percent_", "=": "==",
+          ";": ",", r"\cup": "|", r"\in": " in "}
 
 
-def quoted(content):
-    """The words of a \\text{...}, each in quotes so that lex() keeps it whole; choices, e and i stay letters."""
-    letter = re.fullmatch(r"\s*\(?[A-Zei]\)?\.?\s*", content)
-    return content if letter else re.sub("[A-Za-z]+", r' "\g<0>" ', content)
+def unit(name):
+    """A word after a number: a scale (5 million) is a number, a unit (5 cm, 18 eggs) becomes a name that starts with _."""
+    name = name if name in UNITS else name.lower()
+    name = name[:-1] if len(name) > 3 and name[-1] == "s" else name
+    require(name not in COMPUTING and (name[-2:] != "th" or name == "month"), "a word that computes")
+    return f"({number(SCALES[name]).a})" if name in SCALES else f"_{UNITS.get(name, name)}_"
 
 
-def lex(text):
-    """The tokens: numbers and signs as written, symbols as letters, commands with a backslash, words after a quote."""
-    tokens, at, depth = [], 0, 0
-    while at < len(text):
-        m = THOUSANDS.match(text, at)
-        m = m if m and (not depth or ",0" in m[0]) else LEX.match(text, at)     # in brackets a comma separates
-        require(m, "a character no answer has")
-        at, token, name = m.end(), m[0].strip(), m[0].lower()
-        depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
-        if m.lastgroup != "word":
-            tokens += [re.sub("[{}]", "", token) if m.lastgroup == "symbol" else token] if token else []
-        elif name in FUNCTIONS or name in ("pi", "sqrt"):
-            tokens.append("\\" + name)
-        else:                                 # longer letter runs are words, and AB is no product; xy is one
-            whole = token[0] == '"' or token in UNITS or len(token) > 3 or len(token) > 1 and token.isupper()
-            tokens += ['"' + token.strip('"')] if whole else token
-    return tokens
+def translate(text):
+    """Python source for an answer: 2x\\frac{1}{2} becomes 2 * x_ * frac ( 1 ) ( 2 ). The names of values end with _."""
+    out = []
+    for m in TOKEN.finditer(text):
+        token, what, word = m[0], m.lastgroup, m[0].strip('"')
+        after = bool(out) and out[-1][-1] in "0123456789)]}_"            # does a factor stand right before this token?
+        if what == "number":                             # a literal is its residue: 0.5 is a long integer
+            new = [str(number(Fraction(token)).a)]
+        elif what == "name":
+            new = ["v" + re.sub(r"\W", "", token) + "_"]
+        elif what == "word" and (len(word) > 3 or word != token or len(word) > 1 and (word in UNITS or word.isupper())):
+            new = [unit(word) if after or out[-1:] == ["/"] and out[-2][0] == "_" else f"word_{word}_"]
+        elif what == "word":                             # short runs of letters are products
+            new = " * ".join(letter + "_" for letter in word).split()
+        else:
+            name = token[1:]
+            require(what == "sign" and (token[0] != "\\" or token in PYTHON or name in CALLED | NAMES), "no answer has this")
+            new = [PYTHON.get(token, token if token[0] != "\\" else name if name in CALLED else name + "_")]
+        if after and token != "{" and (new[0][0] in "([{_" or new[0][0].isalpha()):
+            out.append("*")                              # never before a number: 4 2 is no product
+        out += new
+    require(sum(map(out.count, "([{")) <= MAX_BRACKETS, "too many brackets")
+    return " ".join(out)
 
 
-def literal(token):
-    """The Fraction that a number token denotes: 1,234.5, 1.2e5, 1 4/5, 0.1\\overline{6}, 204_5."""
-    if token.isdigit():
-        return Fraction(int(token))
-    digits, _, base = re.sub("[,{}]", "", token).partition("_")
-    if base:
-        return Fraction(int(digits, int(base)))
-    if "/" in digits:
-        whole, part = map(Fraction, digits.split())
-        require(part < 1, "a product or a mixed number?")
-        return whole + part
-    digits, _, period = digits.partition("\\overline")
-    require(abs(int(digits.lower().partition("e")[2] or 0)) < 2000, "huge exponent")
-    repeated = Fraction(int(period), 10 ** len(period) - 1) if period else Fraction(0)
-    return Fraction(digits) + repeated / 10 ** len(digits.partition(".")[2])
+# ---- Evaluation ----
+SUMS = (ast.Add, ast.Sub)
+OPERATIONS = {ast.Add: lambda x, y: x + y, ast.Sub: lambda x, y: x + MINUS * y, ast.Mult: lambda x, y: x * y, ast.Pow: power,
+              ast.Div: lambda x, y: x * y.inverse(), ast.BitOr: lambda x, y: Shape("union", elements(x) | elements(y))}
 
 
-class Reader:
-    """Recursive descent over the tokens of one answer. `sign` is what plus-minus means, `point` what symbols stand for,
-    `units` whether units do (otherwise they are 1); `seen` collects which of plus-minus and units occurred."""
-
-    def __init__(self, tokens, sign, point, units):
-        self.tokens, self.at, self.depth, self.seen = tokens, 0, 0, set()
-        self.sign, self.point, self.units = sign, point, units
-
-    def peek(self, ahead=0):
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else " "
-
-    def take(self, *wanted):
-        """The next token if it is among `wanted` (any, where none are named), else ''."""
-        found = self.peek()
-        self.at += (taken := not wanted or found in wanted)
-        return found if taken else ""
-
-    def items(self, closing, separators=(",", ";")):
-        """Items up to a closing token: (items, all separators with the closing token)."""
-        found, seen = [self.item()], ""
-        while separator := self.take(*separators):
-            found, seen = found + [self.item()], seen + separator
-        require(self.peek() in closing, "another token was due")
-        return found, seen + self.take()
-
-    def item(self):
-        """Unions or ratios of sums, or a chain of relations between them: x = v, a < x <= b, x in S."""
-        sides, names, relations = [], [], []
-        while not sides or self.peek() in ("=", "<", ">", "<=", ">=", "!=", "\\in"):
-            relations += [self.take()] if sides else []
-            start, joined = self.at, [self.sum()]
-            while self.take("\\cup"):
-                joined.append(self.sum())
-            sides.append(("union", frozenset(joined)) if len(joined) > 1 else joined[0])
-            name = "".join(self.tokens[start:self.at])
-            bare = self.at == start + 1 and re.fullmatch(r'"?[A-Za-z]\w*|\\(?!pi|infty)[a-z]+', name)
-            names.append(name if bare or re.fullmatch(r"\([a-z](,[a-z])*\)", name) else "")
-        return relation(sides, names, relations) if relations else sides[0]
-
-    def sum(self):
-        """Terms with signs between them. Infinity stands alone, with at most a sign: it obeys no arithmetic."""
-        if self.peek() == "\\infty" or self.peek(1) == "\\infty" and self.peek() in "+-":
-            sign = self.take("-", "+")
-            return "infinity", "-" if self.take("\\infty") and sign == "-" else ""
-        value = None
-        while value is None or self.peek() in ("+", "-", "\\pm", "\\mp"):
-            sign = 1
-            while op := self.take("+", "-", "\\pm", "\\mp"):
-                self.seen |= {"\\pm"} if op in ("\\pm", "\\mp") else set()
-                sign *= {"+": 1, "-": -1, "\\pm": self.sign, "\\mp": -self.sign}[op]
-            term = self.term()
-            require(value is None or self.units or "unit" not in self.seen, "a sum whose units do not count")
-            value = term if value is None and sign > 0 else add(value or number(0), term, sign)
-        return value
-
-    def term(self):
-        """Factors joined by *, / or nothing; nothing may not stand before a number, so that 4 2 is no product."""
-        value = self.factor()
-        while True:
-            token = self.peek()
-            if token in ("*", "/", '"per') and self.take():
-                other = self.factor(after=True)
-                value = mul(value, other if token == "*" else inverse(other))
-            elif token[0] in '("¤£€' or token[0].isalpha() or token == "{" and not self.peek(1)[0].isdigit() or (
-                    token[0] == "\\" and token[1:] in MORE):
-                value = mul(value, self.factor(after=True))
-            else:
-                return value
-
-    def factor(self, after=False):
-        """An atom with powers, factorials and percents. `after` another factor a word may be a scale (5 million)."""
-        self.depth += 1
-        require(self.depth <= MAX_DEPTH, "too deep")
-        sign = -1 if self.take("-") else 1
-        value = self.atom(after)
-        while token := self.take("^", "!", "%"):
-            if token == "^":
-                value = power(value, self.factor(), self.point)
-            else:
-                value = mul(value, number(Fraction(1, 100))) if token == "%" else self.function("!", value)
-                require(token != self.peek(), "a double factorial or percent")
-        self.depth -= 1
-        return value if sign > 0 else mul(number(-1), value)
-
-    def atom(self, after):
-        """A number, letter, word, bracket, fraction, root, function, matrix or absolute value."""
-        token = self.take()
-        if token[0] in ".0123456789":
-            return ("base", re.sub("[{}]", "", token), literal(token)) if "_" in token else number(literal(token))
-        if token in ("(", "[", "{", "\\{", "\\begin"):
-            return self.bracket(token)
-        if token[0] == '"' or token in "¤£€":
-            unit = self.unit(token.strip('"'), after)
-            return mul(unit, self.factor()) if token in "¤£€" and not after else unit
-        if token == "|":
-            value = self.sum()
-            require(self.take("|"), "unbalanced bars")
-            return self.function("abs", value)
-        if token == "\\frac":
-            sides = []
-            while len(sides) < 2:
-                if (digits := self.peek()).isdigit():         # of bare digits TeX takes one: \\frac12
-                    self.tokens[self.at:self.at + 1] = [digits[0]] + [digits[1:]] * (len(digits) > 1)
-                sides.append(self.atom(False))
-            return mul(sides[0], inverse(sides[1]))
-        if token == "\\sqrt":
-            n = literal(self.take()) if self.take("[") else Fraction(2)
-            self.take("]")
-            return power(self.atom(False), number(1 / n), self.point)
-        if token[1:] in FUNCTIONS:
-            n = self.factor() if self.take("^") else number(1)
-            value = self.atom(False) if self.peek() in ("(", "{", "[") else self.factor()
-            while self.peek()[0].isalnum() or self.peek() == "\\pi":
-                value = mul(value, self.factor())
-            require(n != number(-1), "an inverse or a reciprocal?")
-            return power(self.function(token[1:], value), n, self.point)
-        require(token[-1].isalnum() and (token[0] != "\\" or token[1:] in GREEK), "an unknown token")
-        return number(1, -1) if token == "i" else symbol(token.strip("\\"), self.point)
-
-    def function(self, name, value):
-        """A function where its value is rational, otherwise the symbol that its name and argument stand for."""
-        exact = rational(add(value, number(0)))
-        if name == "abs" and exact is not None:
-            return number(abs(exact))
-        if name == "!" and exact is not None and exact.denominator == 1 and 0 <= exact <= 2100:
-            return number(factorial(int(exact)))
-        if name == "exp":
-            return power(symbol("e", self.point), value, self.point)
-        return symbol(f"{name} {sorted(value)}", self.point)
-
-    def unit(self, name, after):
-        """A scale after a number (5 million), otherwise a unit (5 cm, 3 square feet, 18 eggs, $5)."""
-        name = name if len(name) == 1 else name.lower()
-        single = name[:-1] if len(name) > 3 and name[-1] == "s" else name
-        if single in SCALES and after:
-            return number(SCALES[single])
-        computes = {name, single} & COMPUTING or single.endswith(("th", "illion")) and single != "month"
-        require(not computes and single not in SCALES, "a word that computes")
-        require(self.units or after or name in "¤£€" or self.peek() == "=", "a unit that belongs to no number")
-        if name in ("square", "sq", "cubic") and self.peek()[0] == '"':
-            return power(self.factor(after=True), number(3 if name == "cubic" else 2), self.point)
-        self.seen.add("unit")
-        name = "dollar" if name == "¤" else ALIASES.get(name, ALIASES.get(single, single))
-        return symbol("unit " + name, self.point) if self.units else number(1)
-
-    def bracket(self, opening):
-        """A group, interval, tuple, set or matrix. A singleton in matching brackets, unless a set, is its element."""
-        closing = {"{": ["}"], "\\{": ["\\}"], "\\begin": ["\\end"]}.get(opening, (")", "]"))
-        found, seen = self.items(closing, ("&", "\\\\") if opening == "\\begin" else (",", ";"))
-        if opening == "\\begin":
-            return "matrix" + seen, tuple(found)
-        if opening == "\\{" or opening == "{" and len(found) > 1:
-            return "set", frozenset(found)
-        if len(found) == 1:
-            require(opening + seen in ("()", "[]", "{}"), "unbalanced brackets")
-            return found[0]
-        return opening + seen[-1] if len(found) == 2 else "()", tuple(found)
+def evaluate(node, units):
+    """The value of a node of Python's syntax tree. Unless `units` count, each is 1."""
+    def value(n):
+        return evaluate(n, units)
+    match node:
+        case ast.Constant(n):
+            return Number(n % P)
+        case ast.Name("infty_" | "minfty_" as name):
+            return Shape("infinity", name)
+        case ast.Name(name):
+            require(name[-1] == "_" and name not in ("factorial_", "percent_"), "a function of nothing")
+            return I if name == "i_" else symbol(name) if units or name[0] != "_" else ONE
+        case ast.UnaryOp(op, x):
+            return value(x) if isinstance(op, ast.UAdd) else MINUS * value(x)
+        case ast.BinOp(x, ast.Pow(), ast.Name("factorial_" | "percent_" as name)):
+            return function(name, value(x))
+        case ast.BinOp(x, op, y):
+            if isinstance(op, SUMS) and not units:       # an operand that is a sum itself is looked at in its turn
+                names = [n.id for t in (x, y) if not isinstance(getattr(t, "op", 0), SUMS)
+                         for n in ast.walk(t) if isinstance(n, ast.Name)]
+                require(all(name[0] != "_" for name in names), "a sum whose units do not count")
+            return OPERATIONS[type(op)](value(x), value(y))
+        case ast.Call(ast.Call(ast.Name("frac"), [x], []), [y], []):
+            return value(x) * value(y).inverse()
+        case ast.Call(ast.Name(name), items, []) if name in SHAPES:
+            return Shape(name, tuple(map(value, items)))
+        case ast.Call(ast.Name(name), [x], []) if name in CALLED:
+            return function(name, value(x))
+        case ast.List([x]):
+            return value(x)
+        case ast.Tuple(items) | ast.List(items):
+            return Shape("[]" if isinstance(node, ast.List) and len(items) == 2 else "()", tuple(map(value, items)))
+        case ast.Set(items):
+            return Shape("set", frozenset(map(value, items)))
+        case ast.Compare(left, ops, others):
+            sources = [ast.unparse(n) for n in (left, *others)]
+            names = [s if re.fullmatch(r"(?!pi_)[A-Za-z]\w*_|\([a-z]_(, [a-z]_)*\)", s) else "" for s in sources]
+            return relation([value(n) for n in (left, *others)], names, [type(op).__name__ for op in ops])
+    raise ValueError("a construct no answer has")
 
 
-def relation(sides, names, relations):
-    """("is", name, value) from x = v, v = x, x in S, a < x <= b; ("zero", "", left - right) from any other equation."""
-    if set(relations) == {"="}:
-        require(len(set(sides[1:])) == 1, "a chain of different values")
-        if names[0] or names[-1]:
-            return ("is", names[0], sides[-1]) if names[0] else ("is", names[-1], sides[0])
-        return "zero", "", add(sides[0], sides[-1], -1)
-    if relations in (["\\in"], ["!="]) and names[0]:
-        return "is", names[0], sides[1] if relations == ["\\in"] else ("not", sides[1])
-    if set(relations) <= {">", ">="}:
-        sides, names, relations = sides[::-1], names[::-1], [r.replace(">", "<") for r in relations[::-1]]
-    require(set(relations) <= {"<", "<="}, "mixed relations")
-    if len(relations) == 1 and names[0]:                    # x < v is -infinity < x < v
-        sides, names, relations = [("infinity", "-")] + sides, [""] + names, ["<"] + relations
-    elif len(relations) == 1:
-        sides, relations = sides + [("infinity", "")], relations + ["<"]
-    require(len(relations) == 2 and names[1], "an inequality that is not solved for a symbol")
-    brackets = ("(" if relations[0] == "<" else "[") + (")" if relations[1] == "<" else "]")
-    return "is", names[1], (brackets, (sides[0], sides[2]))
+def relation(sides, names, ops):
+    """What a chain of relations says: an equation, or that a name is a value or lies in a set or an interval."""
+    if set(ops) <= {"Gt", "GtE"}:                        # read from right to left, the chain ascends
+        sides, names, ops = sides[::-1], names[::-1], [op.replace("G", "L") for op in ops[::-1]]
+    if ops in (["Lt"], ["LtE"]) and names[0]:            # x < v is -infinity < x < v
+        sides, names, ops = [Shape("infinity", "minfty_"), *sides], ["", *names], ["Lt", *ops]
+    elif ops in (["Lt"], ["LtE"]):
+        sides, ops = [*sides, Shape("infinity", "infty_")], [*ops, "Lt"]
+    if len(ops) == 2 and set(ops) <= {"Lt", "LtE"} and names[1]:
+        kinds = {"LtLt": "()", "LtELtE": "[]", "LtLtE": "leftopen", "LtELt": "rightopen"}
+        return Shape("is", Shape(kinds["".join(ops)], (sides[0], sides[2])), names[1])
+    require(set(ops) == {"Eq"} and len(set(sides[1:])) == 1 or ops == ["In"] and names[0], "a chain of different values")
+    if names[0] or names[-1]:
+        return Shape("is", sides[-1], names[0]) if names[0] else Shape("is", sides[0], names[-1])
+    return Shape("equation", sides[0] + MINUS * sides[-1])
 
 
-def parse(text):
-    """Tokens, or the lower-case words of an answer that is nothing but words. Undecided outside the language."""
-    require(len(text) <= MAX_CHARS, "too long")
-    text = " ".join(text.translate(SIGNS).split())
+def elements(value):
+    """The set of the values in a set, a union or a bare list; of any other value the set of itself."""
+    return frozenset(value.items if value.kind in ("set", "union", "list") else [value])
+
+
+def read(answer, units=True):
+    """(value, whether it has units) of an answer. Several items are a bare list; plus-minus makes two values."""
+    text = " ".join(answer.split())
     for pattern, new in CLEAN:
-        text = " ".join(pattern.sub(new, text).split())      # single spaces: no pattern can be made to backtrack long
-    runs = re.findall("[A-Za-z]+", text.lower())
-    if re.fullmatch("[A-Za-z\"' .]+", text) and any(len(w) > 1 and w not in FUNCTIONS | {"pi", "sqrt"} for w in runs):
-        return " ".join(runs)
-    return text.replace(" ", "") if ":" in text else lex(text)          # a ratio or a time of day, as written
-
-
-def kind(value):
-    return value[0] if isinstance(value, tuple) else "number"
-
-
-def value_of(tokens, point, units):
-    """(value, whether units occur) of tokens at a point. Several items are a bare list; plus-minus makes two values."""
-    if isinstance(tokens, str):
-        return ("text", tokens), False
+        if pattern.search(text):                         # single spaces: no pattern can be made to backtrack long
+            text = " ".join(pattern.sub(new, text).split())
+    if ":" in text or re.fullmatch("[A-Za-z\"' .]*[A-Za-z]{2}[A-Za-z\"' .]*", text):
+        return Shape("text", re.sub("[\"' ]", "", text.lower())), False             # words, a ratio, a time of day
     found = []
-    for sign in (1, -1):
-        reader = Reader(list(tokens), sign, point, units)
-        found += [v for v in reader.items((" ",))[0] if sign > 0 or v not in found]
-        if "\\pm" not in reader.seen:
-            break
-    wrap = kind(found[0]) == "is" and all(kind(v) != "is" or v[1] == found[0][1] for v in found)    # x = 1 or x = 2
-    items = [v[2] if wrap and kind(v) == "is" else v for v in found]
-    if all(kind(v) == "set" for v in items):
-        value = "set", frozenset().union(*(v[1] for v in items))
+    for plus, minus in ("+-", "-+") if re.search(r"\\pm|\\mp", text) else ("+-",):
+        source = translate(text.replace("\\pm", plus).replace("\\mp", minus))
+        values = [evaluate(n, units) for n in ast.parse(f"[{source},]", mode="eval").body.elts]
+        found += [v for v in values if plus == "+" or v not in found]
+    names = {v.name for v in found if v.kind == "is"} if found[0].kind == "is" else ()
+    if len(names) == 1:                                  # x = 1 or x = 2; x = 1, 2
+        found = [v.items if v.kind == "is" else v for v in found]
+    if all(v.kind == "set" for v in found):
+        value = Shape("set", frozenset().union(*map(elements, found)))
     else:
-        value = items[0] if len(items) == 1 else ("list", frozenset(Counter(items).items()))
-    return ("is", found[0][1], value) if wrap else value, "unit" in reader.seen
+        value = found[0] if len(found) == 1 else Shape("list", tuple(sorted(found, key=repr)))
+    return Shape("is", value, *names) if len(names) == 1 else value, " _" in source
 
 
 def same(a, b):
-    """Whether two values, each at one point, are equal by the rules at the head of this file."""
-    kinds = {kind(a), kind(b)}
-    if a == b or kinds == {"is"} and a[1] == b[1]:
-        return a == b or same(a[2], b[2])
-    if "is" in kinds and len(kinds) == 2:
-        return same(a[2], b) if kind(a) == "is" else same(a, b[2])
-    if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
-        a, b = (v[1] if kind(v) == "set" else {x for x, _ in v[1]} if kind(v) == "list" else {v} for v in (a, b))
-    return a == b
+    """Whether two values are equal by the rules at the head of this file."""
+    kinds = {a.kind, b.kind}
+    if kinds <= {"is", "equation"} and (a.name != b.name or not a.name):
+        p, q = (v.items if v.kind == "equation" else symbol(v.name) + MINUS * v.items for v in (a, b))
+        require(p.fraction() is None, "an equation without a letter")
+        return (p * q.inverse()).fraction() is not None                  # each is a rational multiple of the other
+    a, b = (v.items if v.kind == "is" else v for v in (a, b))
+    kinds = {a.kind, b.kind}
+    return a == b or "set" in kinds and kinds <= {"set", "list", "number", "()"} and elements(a) == elements(b)
 
 
 def answers_equal(answer, gold):
@@ -748,29 +633,20 @@ def answers_equal(answer, gold):
     answer, gold = str(answer).strip(), str(gold).strip()
     if not answer or not gold or answer == gold:
         return (answer == gold) if answer and gold else None
-    _work.left, ratios = MAX_WORK, []
     try:
-        tokens = parse(answer), parse(gold)
-        for point in (0, 1):
-            read = [value_of(t, point, True) for t in tokens]
-            if read[0][1] != read[1][1]:             # units on one side only: they do not count
-                read = [value_of(t, point, False) for t in tokens]
-            (a, _), (b, _) = read
-            kinds = {kind(a), kind(b)}
-            if "zero" in kinds and kinds <= {"is", "zero"} or kinds == {"is"} and a[1] != b[1]:
-                p, q = (v[2] if v[0] == "zero" else add(symbol(v[1].strip('\\"'), point), v[2], -1) for v in (a, b))
-                ratios.append(mul(p, inverse(q)))    # equations agree where one is a constant multiple of the other
-            elif not same(a, b):
-                return False
-        return len(set(ratios)) <= 1 and number(0) not in ratios
-    except (Undecided, ValueError, ArithmeticError, RecursionError):
+        require(max(len(answer), len(gold)) <= MAX_CHARS, "too long")
+        (a, units_a), (b, units_b) = read(answer), read(gold)
+        if units_a != units_b:                           # units on one side only: they do not count
+            a, b = (read(answer, units=False)[0], b) if units_a else (a, read(gold, units=False)[0])
+        return same(a, b)
+    except (ValueError, LookupError, ArithmeticError, AttributeError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
 # ---- Finding the answer in a completion ----
 TAIL = 20_000       # characters: the answer stands at the end of a completion, and a bounded look takes bounded time
-ASKED = {"boxed": r"\\f?boxed\s*\{", "hash": r"####[ \t]*([^\n]*)",
-         "phrase": r"(?i)\banswer(?:\s+is|\s*:)\s*:?(?=([^\n]*))",
+ASKED = {"boxed": rf"\\f?boxed\s*(?=\{{({BRACED})\}})", "hash": r"####[ \t]*([^\n]*)",
+         "phrase": r"(?im)\banswer(?:\s+is|\s*:)\s*:?([^\n]*?)(?=\.\s|\.?$)",
          "tag": r"<answer>((?:(?!</?answer>)[\s\S])*)</answer>",
          "tiny": r"(?:so|thus|print|return|is|=) ([0-9](?: [0-9])*)\s*$",
          "last": r"((?:(?<![\w)])-)?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:/[0-9]+|\\?%)?)"}
@@ -779,26 +655,11 @@ ASKED = {"boxed": r"\\f?boxed\s*\{", "hash": r"####[ \t]*([^\n]*)",
 def extract_answer(text, how):
     """The last answer in `text` in the form `how`: "boxed", "hash" (#### x), "phrase" (the answer is x), "tag"
     (<answer>x</answer>) or "last" (number); of several forms the first that occurs. None: there is no answer."""
-    text = text[-TAIL:]
     for form in (how,) if isinstance(how, str) else how:
-        matches = list(re.finditer(ASKED[form], text))
-        if form == "boxed":
-            found = [balanced(text[m.end():m.end() + MAX_CHARS]) for m in matches[-20:]]
-        else:
-            found = [re.split(r"\.(?:\s|$)", m[1])[0] if form == "phrase" else m[1] for m in matches]
-        if found := [f.strip().rstrip(",") for f in found if f.strip()]:
+        found = [m[1].strip().rstrip(",") for m in re.finditer(ASKED[form], text[-TAIL:]) if m[1].strip()]
+        if found:
             return found[-1]
     return None
-
-
-def balanced(text):
-    """What stands before the brace that closes a group already open, or ''."""
-    depth = 1
-    for m in re.finditer(r"\\.|[{}]", text):
-        depth += {"{": 1, "}": -1}.get(m[0], 0)
-        if not depth:
-            return text[:m.start()]
-    return ""
 
 
 # ---- Rewards: plain functions to floats ----
