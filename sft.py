@@ -33,7 +33,7 @@ from tqdm import tqdm
 from prefix import Palette, completion_logprobs, load_policy, micro_batches
 from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
                      tiny_answer, tiny_document, tiny_question, tiny_task, tiny_traces)
-from vae import TINY_BASE, VAE, find_model, find_vae, load_traces, require_positive, run_main
+from vae import VAE, find_model, find_vae, load_traces, require_positive, run_main, tiny_defaults
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -429,7 +429,7 @@ def parse_args(argv=None):
     require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
     if args.model != "tiny" and not args.traces and args.stage == "warmup":
         parser.error("--traces is needed for a model other than tiny")
-    return args
+    return tiny_defaults(args)
 
 
 def main(argv=None):
@@ -445,7 +445,7 @@ def main(argv=None):
             find_vae(args.vae, name)
     ranks.wait()
     vae = VAE.load(args.vae) if needs_vae else None
-    traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
+    traces = load_traces(args.traces, args.limit)
     model, tokenizer = load_policy(args.model, ranks.device)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
     config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}

@@ -102,13 +102,12 @@ def find_model(name):
     "tiny" is the embedded default, made on the spot where it is missing: by `sft.py pretrain` in a process of its own,
     because this file stands below sft.py and imports none of it.
     """
-    if name == "tiny":
-        name = TINY_BASE
-        if not (Path(name) / "policy" / "config.json").is_file():
-            print(f"building {name}: python sft.py pretrain --resume", flush=True)
-            alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            script = str(Path(__file__).with_name("sft.py"))
-            subprocess.run([sys.executable, script, "pretrain", "--resume"], check=True, env=alone)
+    name = TINY_BASE if name == "tiny" else name
+    if name == TINY_BASE and not (Path(name) / "policy" / "config.json").is_file():
+        print(f"building {name}: python sft.py pretrain --resume", flush=True)
+        alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        script = str(Path(__file__).with_name("sft.py"))
+        subprocess.run([sys.executable, script, "pretrain", "--resume"], check=True, env=alone)
     policy = Path(name) / "policy"
     return str(policy) if (policy / "config.json").is_file() else name
 
@@ -386,6 +385,15 @@ def parse_args(argv=None):
     if args.model != "tiny" and not (args.traces and args.out):
         parser.error("--traces and --out are needed for a model other than tiny")
     args.out = args.out or "runs/tiny/vae"
+    return tiny_defaults(args)
+
+
+def tiny_defaults(args):
+    """Spell out what `--model tiny` means: the settings that are kept then equal those of grpo.py's own stages."""
+    if args.model == "tiny":
+        args.model = TINY_BASE
+        if not args.traces:
+            args.traces, args.limit = [f"{TINY_BASE}/traces.jsonl"], 10**9
     return args
 
 
@@ -401,7 +409,7 @@ def main(argv=None):
                              f"now {settings[changed[0]]!r}): choose another --out, or --overwrite to replace it")
         return print(f"using {args.out}")
     name = find_model(args.model)
-    traces = load_traces(args.traces or [f"{TINY_BASE}/traces.jsonl"], args.limit if args.traces else 10**9)
+    traces = load_traces(args.traces, args.limit)
     tokenizer, table = load_embeddings(name)
     vae = train_vae(traces, tokenizer, table, args.out, args.latent, args.hidden, args.beta, args.epochs, args.batch, args.lr,
                     args.seed, settings=settings)

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import grpo
+import sft
+import vae as vae_script
 from grpo import (SCHEDULES, Rollout, advantages, collect, guided_count, policy_loss, rows_of_step, set_advantages, token_weights,
                   train, update)
 from prefix import Decoder, Palette, load_policy
@@ -341,6 +343,18 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
         for name, value in one.items():
             if not name.startswith("seconds"):
                 assert two[name] == pytest.approx(value, abs=1e-5), (one["step"], name)
+
+
+def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
+    """So `python vae.py` or `python sft.py` after `python grpo.py` (or before) use one another's results."""
+    built = {}
+    monkeypatch.setattr(grpo, "stage", lambda main, argv, script, *_, **__: built.setdefault(script, []).append(argv))
+    policies = grpo.prepare(grpo.parse_args([]), ALONE)
+    assert policies == {"none": "runs/tiny/sft-none/policy", "prior": "runs/tiny/sft/policy"}
+    assert vars(vae_script.parse_args(built["vae.py"][0])) == vars(vae_script.parse_args([]))
+    for argv, alone in zip(built["sft.py"], (["pretrain"], ["--prefix", "none"], [])):
+        settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")} for flags in (argv, alone)]
+        assert settings[0] == settings[1]
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------
