@@ -92,22 +92,50 @@ def arms_of(names, domains, temperature, with_vae=True):
     return {name: arms[name] for name in names}
 
 
+def finished_arms(args, out, questions):
+    """{arm: samples} that an interrupted evaluation of the same settings left in `out`; without --resume it starts anew."""
+    path, config = out / "samples.jsonl", out / "config.json"
+    free = ("resume", "device", "slots", "arms", "out", "curves")        # may differ
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    results = {}
+    if args.resume and config.is_file() and path.is_file():
+        before = json.loads(config.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise ValueError(f"{out} holds an evaluation with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
+                             f"{settings[changed[0]]!r}): choose another --out, or leave out --resume to start anew")
+        for line in path.read_text().split("\n")[:-1]:              # a torn last line has no end of line
+            sample = json.loads(line)
+            results.setdefault(sample.pop("arm"), []).append(sample)
+        full = {name: questions * (1 if name == "greedy" else args.samples) for name in results}
+        results = {name: samples for name, samples in results.items() if len(samples) == full[name]}
+    write_text(path, "".join(json.dumps({"arm": name, **s}) + "\n" for name, samples in results.items() for s in samples))
+    write_text(config, json.dumps(settings, indent=1))
+    return results
+
+
 def run_arms(model, tokenizer, task, vae, args):
-    """Answer --questions test rows in every arm. Returns {arm: samples}."""
+    """Answer --questions test rows in every arm, adding each arm's samples to samples.jsonl. Returns {arm: samples}."""
     rows = task.test[:args.questions]
     if not rows:
         raise ValueError(f"the task '{task.name}' has no test rows: give --test-data")
     decoder, table = Decoder(model, end_ids(model, tokenizer), args.slots), model.get_input_embeddings().weight.detach()
-    plan, results = {}, {}                                  # all arms are set up before the first one runs: errors come early
+    plan = {}                                               # all arms are set up before the first one runs: errors come early
     for name, (source, temperature) in arms_of(args.arms, vae.domains if vae else (), args.temperature, vae is not None).items():
         palette = Palette(vae, table, source, args.length, not args.independent) if source != "none" else None
         sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
         plan[name] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
     with tqdm(total=len(rows) * sum(samples for _, _, samples in plan.values()), desc="evaluate", unit="answer") as bar:
+        results = finished_arms(args, Path(args.out), len(rows))
         for name, (palette, sampling, samples) in plan.items():
             bar.set_postfix_str(name)
+            if name in results:
+                bar.update(len(results[name]))
+                continue
             results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, samples, args.seed, args.prompt, bar.update)
-    return results
+            with open(Path(args.out) / "samples.jsonl", "a") as file:
+                file.write("".join(json.dumps({"arm": name, **sample}) + "\n" for sample in results[name]))
+    return {name: results[name] for name in plan}
 
 
 def score(samples, ks):
@@ -261,6 +289,7 @@ def parse_args(argv=None):
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
     machine.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
     machine.add_argument("--seed", type=int, default=0, help="seed of prefixes and tokens (default: 0)")
+    machine.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation of the same settings")
     parser.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the learning curves of these RL runs")
     args = parser.parse_args(argv)
     args.max_new_tokens = args.max_new_tokens or (34 if args.task == "tiny" else 512)
@@ -286,8 +315,6 @@ def main(argv=None):
     note = (f"{args.model} on {task.name}: {min(args.questions, len(task.test))} questions x {args.samples} samples, "
             f"L = {args.length} {'independent' if args.independent else 'tiled'}, seed {args.seed}, "
             f"{time.time() - began:.0f} s on {hardware(device)}")
-    lines = [json.dumps({"arm": name, **sample}) for name, samples in results.items() for sample in samples]
-    write_text(out / "samples.jsonl", "\n".join(lines) + "\n")
     figures = {name: score(samples, ks) for name, samples in results.items()}
     write_text(out / "results.json", json.dumps({"note": note, "arguments": vars(args), "arms": figures}, indent=1))
     write_text(out / "results.md", f"{markdown(figures, ks)}\n\n{note}\n")

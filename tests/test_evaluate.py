@@ -120,6 +120,32 @@ def test_the_command_writes_table_samples_and_picture(tmp_path, policy_folder, v
     assert "| latent + sampling |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stop_at, left", [(1, "greedy"), (3, "noise")])
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(stop_at, left, tmp_path, policy_folder, vae, monkeypatch):
+    vae.save(tmp_path / "vae")
+    argv = ["--model", str(policy_folder), "--vae", str(tmp_path / "vae"), "--questions", "2", "--samples", "4",
+            "--max-new-tokens", "5"]
+    whole = evaluate.main([*argv, "--out", str(tmp_path / "whole")])
+    original, calls = evaluate.answer, []
+
+    def dying(*arguments):
+        calls.append(0)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(evaluate, "answer", dying)
+    torn = ["--out", str(tmp_path / "torn")]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*argv, *torn])
+    with open(tmp_path / "torn" / "samples.jsonl", "a") as file:
+        file.write(f'{{"arm": "{left}", "row": 0}}\n{{"arm": "{left}')        # a part of an arm, and a torn line
+    assert evaluate.main([*argv, *torn, "--resume"]) == whole
+    assert len(calls) == 9 + 1 and (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+    with pytest.raises(ValueError, match="another seed"):
+        evaluate.main([*argv, *torn, "--resume", "--seed", "5"])
+
+
 def test_without_matplotlib_a_run_says_how_to_get_pictures_and_goes_on(tmp_path, monkeypatch, capsys):
     import sys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
