@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from prefix import Decoder, Palette, Sampling, end_ids, load_policy, texts_of
 from rewards import PROMPT_STYLES, load_task, prompt_ids, stop_strings
-from sft import Ranks, seed_of, write_text
-from vae import find_model, find_vae, require_positive, run_main
+from sft import Ranks, seed_of
+from vae import find_model, find_vae, require_positive, run_main, write_text
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
 

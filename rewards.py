@@ -708,7 +708,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs=2, metavar=("ANSWER", "GOLD"), help="are these two answers equal?")
     parser.add_argument("--task", default="tiny", help="show a task: tiny, gsm8k, math, or a name for --data (default: tiny)")
-    parser.add_argument("--data", help="its test rows: JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: its own)")
+    parser.add_argument("--data", help="its test rows: JSONL of {question, answer} or hub:... (default: its own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tiny questions (default: 0)")
     args = parser.parse_args(argv)
     if args.check:

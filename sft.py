@@ -33,7 +33,7 @@ from tqdm import tqdm
 from prefix import Palette, completion_logprobs, load_policy, micro_batches
 from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
                      tiny_answer, tiny_document, tiny_question, tiny_task, tiny_traces)
-from vae import VAE, find_model, find_vae, load_traces, require_positive, run_main, tiny_defaults
+from vae import VAE, find_model, find_vae, load_traces, require_positive, run_main, tiny_defaults, write_text
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -212,13 +212,6 @@ class Run:
                 shutil.rmtree(old)
         self.finished = True
         self.ranks.wait()
-
-
-def write_text(path, text):
-    """Replace a file in one step: readers see the old content or the new, never a part."""
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

@@ -199,7 +199,8 @@ class VAE(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "vae.safetensors.tmp")
         os.replace(folder / "vae.safetensors.tmp", folder / "vae.safetensors")
-        _write_json(folder / "config.json", {"vae": self.settings, **notes})     # last: its presence says the VAE is complete
+        # last, as its presence says that the VAE is complete
+        write_text(folder / "config.json", json.dumps({"vae": self.settings, **notes}, indent=1))
 
     @classmethod
     def load(cls, folder):
@@ -227,9 +228,10 @@ def _anchor_index(rows, count):
     return torch.linspace(0, rows - 1, count).long()
 
 
-def _write_json(path, content):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+def write_text(path, text):
+    """Replace a file in one step: readers see the old content or the new, never a part."""
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
