@@ -266,6 +266,7 @@ def draw_curves(folders, path):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
+    """The flags; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", default="tiny", help="hub name, folder, run folder or tiny (default: tiny)")
@@ -298,6 +299,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Run the arms, save samples, figures, table and picture. Returns the figures by arm."""
     args = parse_args(argv)
     if args.curves:
         print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))

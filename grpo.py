@@ -333,6 +333,7 @@ def two(name):
 
 
 def add_model_flags(parser):
+    """Flags on model, data, injection and loss."""
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
     data.add_argument("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
@@ -364,6 +365,7 @@ def add_model_flags(parser):
 
 
 def add_training_flags(parser):
+    """Flags on training, sampling and evaluation."""
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, help=f"batches of rollouts {two('steps')}")
     training.add_argument("--prompts", type=int, default=8, help="prompts per step, over all ranks (default: 8)")
@@ -389,6 +391,7 @@ def add_training_flags(parser):
 
 
 def parse_args(argv=None):
+    """The flags, with the model's own defaults filled in; exits with status 2 and one sentence if they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_training_flags(parser)
@@ -437,6 +440,7 @@ def checked(parser, args):
 
 
 def main(argv=None):
+    """All stages: what is missing below RL, one RL run per schedule and seed, tables and pictures."""
     args = parse_args(argv)
     ranks = Ranks.start(args.device)
     task = load_task(args.task, args.train_data, args.test_data)

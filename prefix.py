@@ -20,8 +20,8 @@ A token is picked by a hash of (row's seed, token's index), so it depends on no 
 attended width are rounded up to a few sizes, each replayed as a CUDA graph, and the host looks for ended rows every 8 steps
 only; the CPU runs the same code eagerly.
 
-Departs from the paper: the VLM's GPT-style prefix decoder is not here yet; "tiled" (one z repeated L times) is the default,
-because independent draws average out at large L (`--independent` is the alternative of Eq. 9).
+Departs from the paper: the VLM's GPT-style prefix decoder is not here yet. "Tiled" (one z repeated L times) is our default of
+the two readings of Eq. 9, `--independent` the other; in the tiny world `evaluate.py --arms latent` sees no difference in pass@8.
 
 Run it (greedy answers to one question under several latents):
     python prefix.py                                                       # the tiny world; makes what is missing
@@ -247,13 +247,13 @@ def micro_batches(lengths, max_tokens):
 def pack(*linears):
     """Linear modules that read the same input -> one (matrix [in, out], bias [out] or None)."""
     weight = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])  # [out, in]
-    # On CPU, fp32 products are 1.1-2.4 times faster when the memory, too, is ordered [in, out].
+    # On CPU, fp32 products of few rows are faster when the memory, too, is ordered [in, out].
     weight = weight.T.contiguous() if (weight.dtype, weight.device.type) == (torch.float32, "cpu") else weight.T
     return weight, None if linears[0].bias is None else torch.cat([m.bias for m in linears])
 
 
 def linear(x, packed):
-    """x [N, in] -> [N, out]; on CPU, bf16 products are 1.4-2.4 times faster transposed."""
+    """x [N, in] -> [N, out]; on CPU, bf16 products of few rows are faster transposed."""
     weight, bias = packed
     y = (weight.T @ x.T).T if (x.dtype, x.device.type) == (torch.bfloat16, "cpu") else x @ weight
     return y if bias is None else y + bias
@@ -522,6 +522,7 @@ def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling
 # Command line
 
 def parse_args(argv=None):
+    """The flags of the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
     parser.add_argument("--vae", default="runs/tiny/vae", help="VAE folder (default: runs/tiny/vae)")
@@ -538,6 +539,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
+    """Print answers to one question under prefixes of several sources."""
     args = parse_args(argv)
     args.model = find_model(args.model)
     vae = find_vae(args.vae, args.model)

@@ -212,7 +212,7 @@ class Task:
         answer = None if cut_off else extract_answer(completion, self.answer_from)
         equal = None if answer is None else answers_equal(answer, gold)
         return {"accuracy": float(equal is True), "answered": float(answer is not None),
-                "format": float(not cut_off and extract_answer(completion, self.answer_from[0]) is not None),
+                "format": 0.0 if cut_off else format_reward(completion, self.answer_from),
                 "undecided": float(answer is not None and equal is None)}
 
 
@@ -705,6 +705,7 @@ def box_iou(completion, gold):
 # Command line
 
 def main(argv=None):
+    """Compare two answers, or show the tiny world or a task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs=2, metavar=("ANSWER", "GOLD"), help="are these two answers equal?")
     parser.add_argument("--task", default="tiny", help="show a task: tiny, gsm8k, math, or a name for --data (default: tiny)")

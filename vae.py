@@ -365,6 +365,7 @@ def draw_latents(vae, folder, per_domain=100):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
+    """The flags; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--model", default="tiny", help="whose embedding table: hub name, folder or tiny (default: tiny)")
@@ -400,6 +401,7 @@ def tiny_defaults(args):
 
 
 def main(argv=None):
+    """Train the VAE that the flags describe, or say that it is there."""
     args = parse_args(argv)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
     known = Path(args.out) / "config.json"
