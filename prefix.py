@@ -188,7 +188,7 @@ def shape_logits(logits, sampling, chosen=None):
 
     chosen [N]: the tokens that were sampled; they are kept, even if rounding has moved them across a filter's border.
     """
-    z = logits.float() / (sampling.temperature or 1)
+    z = logits.float() if sampling.temperature in (0, 1) else logits.float() / sampling.temperature
     if sampling.temperature == 0 or (sampling.top_k, sampling.top_p, sampling.min_p) == (0, 1, 0):
         return z
     ranked = z.topk(min(sampling.top_k or z.shape[1], z.shape[1])).values  # [N, k], falling
@@ -244,18 +244,32 @@ def micro_batches(lengths, max_tokens):
     return groups
 
 
+def is_cpu_fp32(x):
+    """Does PyTorch's CPU fp32 arithmetic run here? It is fastest by other calls than bf16's or a GPU's."""
+    return (x.dtype, x.device.type) == (torch.float32, "cpu")
+
+
 def pack(*linears):
-    """Linear modules that read the same input -> one (matrix [in, out], bias [out] or None)."""
+    """Linear modules that read the same input -> one (matrix as tiles [t, in, out / t], bias [out] or None)."""
     weight = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])  # [out, in]
-    # On CPU, fp32 products of few rows are faster when the memory, too, is ordered [in, out].
-    weight = weight.T.contiguous() if (weight.dtype, weight.device.type) == (torch.float32, "cpu") else weight.T
-    return weight, None if linears[0].bias is None else torch.cat([m.bias for m in linears])
+    bias, tiles = None if linears[0].bias is None else torch.cat([m.bias for m in linears]), 1
+    if not is_cpu_fp32(weight):
+        return weight.T[None], bias
+    if weight.numel() > 2 ** 19:  # few rows times a large matrix: up to twice as fast by tiles that fit the CPU's cache
+        tiles = next(t for t in range(-(-len(weight) // 256), len(weight) + 1) if len(weight) % t == 0)
+        tiles = tiles if len(weight) // tiles >= 64 else 1  # 1: the number of columns has no good divisor
+    return weight.view(tiles, -1, weight.shape[1]).transpose(1, 2).contiguous(), bias
 
 
 def linear(x, packed):
-    """x [N, in] -> [N, out]; on CPU, bf16 products of few rows are faster transposed."""
-    weight, bias = packed
-    y = (weight.T @ x.T).T if (x.dtype, x.device.type) == (torch.bfloat16, "cpu") else x @ weight
+    """x [N, in] -> [N, out]; on CPU, bf16 products of few rows are faster transposed, and stay so in memory."""
+    tiles, bias = packed
+    if (x.dtype, x.device.type) == (torch.bfloat16, "cpu"):
+        y = (tiles[0].T @ x.T).T
+    elif len(tiles) == 1:
+        y = x @ tiles[0]
+    else:
+        y = torch.bmm(x.expand(len(tiles), -1, -1), tiles).transpose(0, 1).flatten(1)  # [t, N, out / t] -> [N, out]
     return y if bias is None else y + bias
 
 
@@ -312,7 +326,7 @@ class Decoder:
         self.slots, self.columns, self.graphs, self.cache = max(self.slots, min(slots, rows)), columns, {}, None
 
         new = partial(torch.zeros, device=device)
-        self.cache = new(self.slots, layers, 2, columns, self.kv, dim, dtype=self.weight.dtype)
+        self.cache = new(layers, 2, self.slots, self.kv, columns, dim, dtype=self.weight.dtype)
         self.token, self.pos, self.stop = new(3, self.slots, dtype=torch.long)
         self.live, self.ids = new(self.slots, dtype=torch.bool), new(self.slots, columns, dtype=torch.long)
         self.logprobs, self.u = new(2, self.slots, columns, dtype=torch.float)  # u: the number that picks a token
@@ -322,36 +336,61 @@ class Decoder:
         # [columns, D]; "rotate half" flips the sign of its first half, which the sine takes over
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :dim // 2], sin[0, :, dim // 2:]], -1)
 
-    def _norm(self, x, weight=None):
-        return F.rms_norm(x, x.shape[-1:], weight, self.config.rms_norm_eps)
+    def _norm(self, x, weight):
+        eps = self.config.rms_norm_eps
+        if not is_cpu_fp32(x):
+            return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+        return x * (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt_()[..., None] * weight
 
-    def _layers(self, first, x, pos, width):
-        """Tokens x [n T, d] of the n slots from `first` on, at positions pos [n, T] < width -> hidden [n T, d]."""
-        (n, T), dim = pos.shape, self.cos.shape[1]
-        cos, sin = self.cos[pos].view(n * T, 1, dim), self.sin[pos].view(n * T, 1, dim)
-        slot, future = self.slot[:n, None], self.column[:width] > pos[:, :, None]  # [n, 1], [n, T, width]
-        mask = torch.zeros_like(future, dtype=x.dtype).masked_fill_(future, -torch.inf)
-        mask = mask.repeat(1, self.heads // self.kv, 1)[:, None]  # [n, 1, G T, width], G = H / KV
+    def _rotary(self, pos):
+        """Positions [N] -> cosine and sine [N, 1, D], the sine with the signs of "rotate half"."""
+        return self.cos[pos][:, None], self.sin[pos][:, None]
+
+    def _layers(self, x, rotary, attend):
+        """Tokens x [N, d] -> hidden [N, d]. attend: queries [N, H, D], keys and values [N, KV, D], layer -> [N, H, D]."""
+        cos, sin = rotary
         for i, (norm1, qkv, qk_norm, out, norm2, gate_up, down) in enumerate(self.blocks):
-            qk, v = linear(self._norm(x, norm1), qkv).reshape(n * T, -1, dim).tensor_split([-self.kv], 1)
-            qk = qk if qk_norm is None else self._norm(qk) * qk_norm  # [n T, H + KV, D]
-            qk = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin).view(n, T, -1, dim)
-            keys, values = self.cache[first:first + n, i].unbind(1)  # [n, columns, KV, D]
-            keys[slot, pos], values[slot, pos] = qk[:, :, self.heads:], v.view(n, T, -1, dim)
-            keys, values = keys[:, :width].transpose(1, 2), values[:, :width].transpose(1, 2)  # [n, KV, width, D]
-            # The G heads that share a key head stand where query positions would: no copies of keys.
-            q = qk[:, :, :self.heads].reshape(n, T, self.kv, -1, dim).permute(0, 2, 3, 1, 4)  # [n, KV, G, T, D]
-            y = F.scaled_dot_product_attention(q.flatten(2, 3), keys, values, attn_mask=mask)  # [n, KV, G T, D]
-            y = y.view(n, self.kv, -1, T, dim).permute(0, 3, 1, 2, 4).reshape(n * T, -1)  # [n T, H D]
-            x = x + linear(y, out)
-            gate, up = linear(self._norm(x, norm2), gate_up).chunk(2, -1)  # [n T, ffn] each
-            x = x + linear(F.silu(gate) * up, down)
+            y = linear(self._norm(x, norm1), qkv).contiguous().view(len(x), -1, cos.shape[-1])  # [N, H + 2 KV, D]
+            qk, v = y.split([self.heads + self.kv, self.kv], 1)
+            qk = qk if qk_norm is None else self._norm(qk, qk_norm)
+            qk = torch.addcmul(qk * cos, qk.roll(cos.shape[-1] // 2, -1), sin)
+            x = x + linear(attend(qk[:, :self.heads], qk[:, self.heads:], v, i).reshape(len(x), -1), out).contiguous()
+            gate, up = linear(self._norm(x, norm2), gate_up).chunk(2, -1)  # [N, ffn] each
+            x = x + linear(F.silu(gate) * up, down).contiguous()
         return x
+
+    def _prefill(self, first, x):
+        """Fill the cache of the n slots from `first` on with the right-padded embeddings x [n, T, d]."""
+        (n, T), shape = x.shape[:2], (*x.shape[:2], -1, self.cos.shape[1])
+
+        def attend(q, k, v, layer):
+            q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # [n, heads, T, D]
+            self.cache[layer, 0, first:first + n, :, :T], self.cache[layer, 1, first:first + n, :, :T] = k, v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        self._layers(x.flatten(0, 1), self._rotary(self.column[:T].repeat(n)), attend)
 
     def _step(self, n, width, sampling):
         """Read one token in each slot < n, sample and note the next: fixed shapes, in place, no sync with the host."""
         slot, pos, live = self.slot[:n], self.pos[:n], self.live[:n]
-        x = self._layers(0, F.embedding(self.token[:n], self.weight), pos[:, None], width)  # [n, d]
+        future = self.column[:width] > pos[:, None]  # [n, width]
+        mask = torch.zeros_like(future, dtype=self.cache.dtype).masked_fill_(future, -torch.inf)
+        mask = mask[:, None, None].expand(-1, -1, self.heads // self.kv, -1)  # [n, 1, G, width], G = H / KV
+
+        dim = self.cache.shape[-1]
+        place = ((slot[:, None] * self.kv + self.column[:self.kv]) * self.columns + pos[:, None]).flatten()  # [n KV]
+
+        def attend(q, k, v, layer):
+            keys, values = self.cache[layer]  # [slots, KV, columns, D]
+            keys.view(-1, dim)[place], values.view(-1, dim)[place] = k.reshape(-1, dim), v.reshape(-1, dim)
+            keys, values = keys[:n, :, :width], values[:n, :, :width]
+            # The G heads that share a key head stand where query positions would: no copies of keys.
+            q = q.reshape(n, self.kv, -1, dim)  # [n, KV, G, D]
+            if is_cpu_fp32(q):
+                return (q @ keys.mT * dim ** -0.5 + mask).softmax(-1) @ values
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+        x = self._layers(F.embedding(self.token[:n], self.weight), self._rotary(pos), attend)  # [n, d]
         logits = linear(self._norm(x, self.model.model.norm.weight), self.head)  # [n, V]
         token, logprob = sample(logits, self.u[slot, pos], sampling)
         self.ids[slot, pos], self.logprobs[slot, pos], self.token[:n] = token, logprob, token
@@ -381,22 +420,27 @@ class Decoder:
             (copies if job.key in donor else fresh).append(job)
             donor.setdefault(job.key, first + len(fresh) - 1)
         jobs += fresh + copies
-        for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 1024):
+        for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 256):
             rows = [fresh[i] for i in group]  # neighbours, as the queue is sorted by length
             x = embed_rows(self.model, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
-            n, T = x.shape[:2]
-            if T:  # what right pads write is overwritten before it is read
-                self._layers(first + group[0], x.flatten(0, 1), self.column[:T].expand(n, T), T)
+            if x.shape[1]:  # what right pads write is overwritten before it is read
+                self._prefill(first + group[0], x)
         width, behind, taken = max(job.length for job in new), first + len(fresh), slice(first, len(jobs))
-        self.cache[behind:len(jobs), :, :, :width] = self.cache[[donor[job.key] for job in copies], :, :, :width]
+        self.cache[:, :, behind:len(jobs), :, :width] = self.cache[:, :, [donor[job.key] for job in copies], :, :width]
         last, length, seed = self.pos.new_tensor([(job.prompt[-1], job.length, job.seed) for job in jobs[first:]]).T
         self.token[taken], self.pos[taken], self.live[taken] = last, length - 1, True
         self.stop[taken] = length - 1 + sampling.max_new_tokens
         self.u[taken] = uniform(seed[:, None], self.column - length[:, None] + 1)  # [new, columns]
 
-    def _retire(self, jobs, results):
-        """Write ended rows' completions to results and close the gaps -> the live jobs, the longest one's position."""
-        pos, live = torch.stack([self.pos, self.live])[:, :len(jobs)].tolist()
+    def _retire(self, jobs, results, width):
+        """Write ended rows' completions to results and close the gaps -> the live jobs, the longest one's position.
+
+        width: that position, should no row have ended.
+        """
+        live = self.live[:len(jobs)].tolist()
+        if all(live):
+            return jobs, width
+        pos = self.pos[:len(jobs)].tolist()
         for slot, job in enumerate(jobs):
             if not live[slot]:
                 ids, logprobs = (t[slot, job.length - 1:pos[slot]].tolist() for t in (self.ids, self.logprobs))
@@ -404,7 +448,7 @@ class Decoder:
         n, width = sum(live), max((p for p, alive in zip(pos, live) if alive), default=0)
         holes, movers = [s for s in range(n) if not live[s]], [s for s in range(n, len(jobs)) if live[s]]
         if holes:
-            self.cache[holes, :, :, :width] = self.cache[movers, :, :, :width]
+            self.cache[:, :, holes, :, :width] = self.cache[:, :, movers, :, :width]
             for state in (self.token, self.pos, self.stop, self.live, self.ids, self.logprobs, self.u):
                 state[holes] = state[movers]
         for hole, mover in zip(holes, movers):
@@ -432,10 +476,11 @@ class Decoder:
             if queue and free >= max(1, self.slots // 8):
                 self._admit([queue.popleft() for _ in range(min(free, len(queue)))], jobs, sampling)
                 width = max(width, *(job.length - 1 for job in jobs))
-            for i in range(8 if self.fixed else 1):
-                self._run(len(jobs), width + i + 1, sampling)
+            for _ in range(8 if self.fixed else 1):
+                width += 1
+                self._run(len(jobs), width, sampling)
             started = len(jobs)
-            jobs, width = self._retire(jobs, results)
+            jobs, width = self._retire(jobs, results, width)
             if progress and len(jobs) < started:
                 progress(started - len(jobs))
         return results
