@@ -8,17 +8,18 @@ prefix stands right before the prompt, never before pads, and position 0 is the 
 
 How the decoder works. `generate` of transformers can read such rows (`inputs_embeds`), but pads all to the longest and drags
 finished rows along until the last one ends. `Decoder` makes the same numbers with less work:
-  1. Slots. The KV cache [slots, layers, 2, columns, kv_heads, head_dim] is allocated once. A row lives in one slot, its i-th
+  1. Slots. The KV cache [layers, 2, slots, kv_heads, columns, head_dim] is allocated once. A row lives in one slot, its i-th
      position in column i: no pads are stored, and a row can be moved or copied to another slot as it is.
-  2. Admit. A waiting row takes a free slot; all but its last prompt token run through the layers at once (prefill). Rows of
-     equal prompt and prefix (a GRPO group) are prefilled once and copied.
+  2. Admit. A waiting row takes a free slot; all but its last prompt token run through the layers at once (prefill, causal,
+     without a mask). Rows of equal prompt and prefix (a GRPO group) are prefilled once and copied.
   3. Step. One token per live row, the last prompt token first: write its key and value to (slot, position), attend to
      columns <= position, sample the next token, note it and its log-prob. Buffers change in place; nothing grows.
   4. Retire. Ended rows leave, the last live rows move into their slots (the live ones always are 0..n-1), and waiting rows
      are admitted once an eighth of the slots is free. One long row holds nobody up.
-A token is picked by a hash of (row's seed, token's index), so it depends on no neighbour, slot or order. On CUDA, n and the
-attended width are rounded up to a few sizes, each replayed as a CUDA graph, and the host looks for ended rows every 8 steps
-only; the CPU runs the same code eagerly.
+A token is picked by a hash of (row's seed, token's index), so it depends on no neighbour, slot or order. Weights are packed
+at the first generate after `refresh`, in the order that is fastest where they lie. On CUDA, n and the attended width are rounded
+up to a few sizes, each replayed as a CUDA graph, and the host looks for ended rows every 8 steps only; the CPU runs the same
+code eagerly. The tests run those fixed sizes on a CPU; the graphs themselves have not run on a GPU yet.
 
 Departs from the paper: the VLM's GPT-style prefix decoder is not here yet. "Tiled" (one z repeated L times) is our default of
 the two readings of Eq. 9, `--independent` the other; in the tiny world `evaluate.py --arms latent` sees no difference in pass@8.
@@ -245,20 +246,19 @@ def micro_batches(lengths, max_tokens):
 
 
 def is_cpu_fp32(x):
-    """Does PyTorch's CPU fp32 arithmetic run here? It is fastest by other calls than bf16's or a GPU's."""
+    """Whether x is of fp32 on the CPU, where other calls are fastest than for bf16 or on a GPU."""
     return (x.dtype, x.device.type) == (torch.float32, "cpu")
 
 
 def pack(*linears):
     """Linear modules that read the same input -> one (matrix as tiles [t, in, out / t], bias [out] or None)."""
     weight = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])  # [out, in]
-    bias, tiles = None if linears[0].bias is None else torch.cat([m.bias for m in linears]), 1
+    bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
     if not is_cpu_fp32(weight):
         return weight.T[None], bias
-    if weight.numel() > 2 ** 19:  # few rows times a large matrix: up to twice as fast by tiles that fit the CPU's cache
-        tiles = next(t for t in range(-(-len(weight) // 256), len(weight) + 1) if len(weight) % t == 0)
-        tiles = tiles if len(weight) // tiles >= 64 else 1  # 1: the number of columns has no good divisor
-    return weight.view(tiles, -1, weight.shape[1]).transpose(1, 2).contiguous(), bias
+    # Few rows times a large matrix are up to twice as fast by tiles that fit the CPU's cache, ordered [in, out] in memory.
+    tile = next((size for size in (256, 192, 128, 64) if len(weight) % size == 0 and weight.numel() > 2 ** 19), len(weight))
+    return weight.view(-1, tile, weight.shape[1]).mT.contiguous(), bias
 
 
 def linear(x, packed):
@@ -338,9 +338,9 @@ class Decoder:
 
     def _norm(self, x, weight):
         eps = self.config.rms_norm_eps
-        if not is_cpu_fp32(x):
-            return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
-        return x * (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt_()[..., None] * weight
+        if is_cpu_fp32(x):  # half the time of F.rms_norm
+            return x * (torch.linalg.vecdot(x, x) / x.shape[-1] + eps).rsqrt_()[..., None] * weight
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
     def _rotary(self, pos):
         """Positions [N] -> cosine and sine [N, 1, D], the sine with the signs of "rotate half"."""
@@ -350,6 +350,7 @@ class Decoder:
         """Tokens x [N, d] -> hidden [N, d]. attend: queries [N, H, D], keys and values [N, KV, D], layer -> [N, H, D]."""
         cos, sin = rotary
         for i, (norm1, qkv, qk_norm, out, norm2, gate_up, down) in enumerate(self.blocks):
+            # contiguous: where `linear` left its product transposed
             y = linear(self._norm(x, norm1), qkv).contiguous().view(len(x), -1, cos.shape[-1])  # [N, H + 2 KV, D]
             qk, v = y.split([self.heads + self.kv, self.kv], 1)
             qk = qk if qk_norm is None else self._norm(qk, qk_norm)
@@ -376,7 +377,6 @@ class Decoder:
         future = self.column[:width] > pos[:, None]  # [n, width]
         mask = torch.zeros_like(future, dtype=self.cache.dtype).masked_fill_(future, -torch.inf)
         mask = mask[:, None, None].expand(-1, -1, self.heads // self.kv, -1)  # [n, 1, G, width], G = H / KV
-
         dim = self.cache.shape[-1]
         place = ((slot[:, None] * self.kv + self.column[:self.kv]) * self.columns + pos[:, None]).flatten()  # [n KV]
 
@@ -386,7 +386,7 @@ class Decoder:
             keys, values = keys[:n, :, :width], values[:n, :, :width]
             # The G heads that share a key head stand where query positions would: no copies of keys.
             q = q.reshape(n, self.kv, -1, dim)  # [n, KV, G, D]
-            if is_cpu_fp32(q):
+            if is_cpu_fp32(q):  # for one query a little faster than the fused kernel
                 return (q @ keys.mT * dim ** -0.5 + mask).softmax(-1) @ values
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
@@ -403,13 +403,14 @@ class Decoder:
             n, width = min(self.slots, 1 << (n - 1).bit_length()), min(self.columns, -(-width // 256) * 256)
         size = (n, width, sampling)
         if not self.cuda or size not in self.graphs:
-            self.graphs[size] = None
+            self.graphs.update({size: None} if self.cuda else {})
             return self._step(*size)
         if self.graphs[size] is None:
             pool = next((graph.pool() for graph in self.graphs.values() if graph), None)  # they take turns: one memory
-            self.graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[size], pool=pool):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
                 self._step(*size)
+            self.graphs[size] = graph
         self.graphs[size].replay()
 
     def _admit(self, new, jobs, sampling):
@@ -420,7 +421,7 @@ class Decoder:
             (copies if job.key in donor else fresh).append(job)
             donor.setdefault(job.key, first + len(fresh) - 1)
         jobs += fresh + copies
-        for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 256):
+        for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 512):
             rows = [fresh[i] for i in group]  # neighbours, as the queue is sorted by length
             x = embed_rows(self.model, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
             if x.shape[1]:  # what right pads write is overwritten before it is read
@@ -433,10 +434,7 @@ class Decoder:
         self.u[taken] = uniform(seed[:, None], self.column - length[:, None] + 1)  # [new, columns]
 
     def _retire(self, jobs, results, width):
-        """Write ended rows' completions to results and close the gaps -> the live jobs, the longest one's position.
-
-        width: that position, should no row have ended.
-        """
+        """Note ended rows' completions and close the gaps -> live jobs, the longest one's position (width, if none ended)."""
         live = self.live[:len(jobs)].tolist()
         if all(live):
             return jobs, width

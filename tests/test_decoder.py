@@ -11,7 +11,7 @@ from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCaus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prefix as prefix_module  # noqa: E402
-from prefix import Decoder, Sampling, completion_logprobs, micro_batches, sample, shape_logits, uniform  # noqa: E402
+from prefix import Decoder, Sampling, completion_logprobs, linear, micro_batches, pack, sample, shape_logits, uniform  # noqa: E402
 
 torch.set_num_threads(1)
 V, WIDTH, EOS = 96, 64, (3, 5, 11, 26, 40)
@@ -101,20 +101,23 @@ def test_greedy_equals_generate(name, fixed):
     assert (flat(out, "logprobs") - plain).abs().max() <= 1e-5
 
 
-def test_rows_do_not_depend_on_their_batch(qwen3):
-    prompts, prefixes = rows(64)
+@pytest.mark.parametrize("name", ["qwen3", "llama-mha"])
+def test_rows_do_not_depend_on_their_batch(name):
+    """Grouped-query and multi-head attention; rows of very different length, so that one attends to much padding or none."""
+    model, (prompts, prefixes) = build(name), rows(64)
+    prompts[7] = prompts[7] * 9
     sampling, seeds = Sampling(max_new_tokens=24), [7 * i + 2 ** 61 for i in range(64)]
-    together = [c.ids for c in Decoder(qwen3).generate(prompts, prefixes, sampling, seeds)]
-    one = Decoder(qwen3, slots=1)
+    together = [c.ids for c in Decoder(model).generate(prompts, prefixes, sampling, seeds)]
+    one = Decoder(model, slots=1)
     assert [one.generate(prompts[i:i + 1], prefixes[i:i + 1], sampling, seeds[i:i + 1])[0].ids
             for i in range(0, 64, 5)] == together[::5]
     order = torch.randperm(64).tolist()
-    few = Decoder(qwen3, slots=7)
+    few = Decoder(model, slots=7)
     few.fixed = True
     prompts, prefixes, seeds = ([values[i] for i in order] for values in (prompts, prefixes, seeds))
     shuffled = few.generate(prompts, prefixes, sampling, seeds)
     assert [c.ids for c in shuffled] == [together[i] for i in order]
-    group = Decoder(qwen3).generate([prompts[0]] * 8, None, sampling, range(8))
+    group = Decoder(model).generate([prompts[0]] * 8, None, sampling, range(8))
     assert len({tuple(c.ids) for c in group}) == 8
 
 
@@ -196,10 +199,23 @@ def test_refresh_and_growth():
     assert [c.ids for c in long] == [reference(model, p, x, 60) for p, x in zip(prompts, prefixes)]
 
 
+@pytest.mark.parametrize("columns, tiles", [([1024, 512, 512], 8), ([2112], 11), ([1999], 1)], ids=str)
+def test_products_by_tiles(columns, tiles):
+    """A large fp32 matrix is packed as tiles (none divides 1999); the product keeps its columns in order, with their bias."""
+    linears, x = [torch.nn.Linear(512, n) for n in columns], torch.randn(5, 512)
+    packed = pack(*linears)
+    assert packed[0].shape == (tiles, 512, sum(columns) // tiles)
+    assert (linear(x, packed) - torch.cat([m(x) for m in linears], 1)).abs().max() < 1e-5
+    packed = pack(torch.nn.Linear(512, 2112, bias=False, dtype=torch.bfloat16))
+    assert packed[0].shape == (1, 512, 2112) and packed[1] is None
+
+
 def test_bfloat16_matches_the_module(qwen3):
     """The transposed products of bf16: the log-probs differ from the module's by bf16 rounding only."""
     model, (prompts, prefixes) = build("qwen2").bfloat16(), rows(12)
-    out = Decoder(model).generate(prompts, prefixes, Sampling(max_new_tokens=16), range(12))
+    with torch.profiler.profile() as profile:
+        out = Decoder(model).generate(prompts, prefixes, Sampling(max_new_tokens=16), range(12))
+    assert not any("attention_math" in event.key for event in profile.key_averages())  # the kernel without fusion: half as fast
     with torch.no_grad():
         prefixes = [x if x is None else x.bfloat16() for x in prefixes]
         plain = plain_logprobs(model.float(), prompts, prefixes, [c.ids for c in out])
