@@ -268,14 +268,11 @@ def update(model, optimizer, reference, rollouts, args, ranks):
 
 def by_part(values, guided):
     """values [N, K] and N truth values -> the sums [2, K] over unguided and over guided items, in double precision."""
-    guided = torch.tensor(guided, dtype=torch.float64)                                                  # [N]
-    return torch.stack([1 - guided, guided]) @ values.cpu().double()
+    values, guided = values.cpu().double(), torch.tensor(guided, dtype=torch.bool)
+    return torch.stack([values[~guided].sum(0), values[guided].sum(0)])
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
-
-SHOWN = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")         # by the progress bar
-
 
 def train(model, tokenizer, task, palette, run, args, reference=None):
     """The RL loop: roll out, score, update; every --eval-every steps a greedy evaluation *without* prefix."""
@@ -299,11 +296,12 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
                "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             row["eval_accuracy"] = evaluated()
-        bar.set_postfix({name: row[name] for name in SHOWN if row.get(name) is not None},
+        shown = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")
+        bar.set_postfix({name: row[name] for name in shown if row.get(name) is not None},
                         tokens_s=row["rollouts"] * row["length"] / max(row["seconds"], 1e-3))
         run.log("metrics", row)
-        shown = rollouts[::args.group] + rollouts[args.group - 1::args.group]      # each group's first (guided, if any) and last
-        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in shown])
+        kept = rollouts[::args.group] + rollouts[args.group - 1::args.group]       # each group's first (guided, if any) and last
+        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in kept])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save(step + 1, model, tokenizer, [optimizer])
     run.finish(model, tokenizer)
@@ -426,70 +424,84 @@ def train_one(args, task, run, start):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 # Defaults of a real model, whose weights want far smaller steps than the tiny world's.
-REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
+REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
+            tokens_per_batch=8192)
 REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and roll_out give, by name
 # What does not change a run's result, and so may differ when it is resumed; the stages below RL have a config.json of their own.
 NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",
                "sft_lr", "sft_batch", "limit", "vae", "traces")
 
 
-def add_flags(parser, title, **flags):
-    """Add a labelled group of flags name=(default, help). The default gives the type: a list takes one value or more, a tuple
-    holds the choices (its first is the default), False is a switch, None a text that may be left out."""
-    group = parser.add_argument_group(title)
-    for name, (default, text) in flags.items():
-        first = default[0] if isinstance(default, (list, tuple)) and default else default
-        options = {bool: dict(action="store_true"), tuple: dict(choices=default, default=first),
-                   list: dict(nargs="+", default=default, type=type(first) if default else str)}.get(
-                       type(default), dict(default=default, type=str if default is None else type(default)))
-        group.add_argument("--" + name.replace("_", "-"), help=text + ("" if "(default" in text else " (default: %(default)s)"),
-                           **options)
+def add_model_flags(parser):
+    """Flags on data, injection, reward and loss; their defaults are the tiny world's, REAL and ALGORITHMS have the others'."""
+    data = parser.add_argument_group("model and data").add_argument
+    data("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
+    data("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
+    data("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="for VAE and warm-up (default: the tiny world's)")
+    data("--limit", type=int, default=2000, help="traces kept per source of your own (default: 2000)")
+    data("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
+    data("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
+    data("--test-data", help="the same for the evaluation on the way (default: the task's own)")
+    data("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
+    data("--max-prompt", type=int, default=1024, help="longest prompt allowed, in tokens (default: 1024)")
+    data("--out", default="runs/tiny", help="folder of all stages (default: %(default)s)")
+    inject = parser.add_argument_group("injection").add_argument
+    inject("--schedule", nargs="+", default=["none", "two-phase", "linear"], metavar="RHO", help="one run each: "
+           f"{', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0; a repeated tau is a jump (default: %(default)s)")
+    inject("--source", default="prior", help=f"of prefixes: {', '.join(SOURCES)} or a domain (default: prior)")
+    inject("--length", type=int, default=8, help="prefix rows L (default: 8)")
+    inject("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
+    inject("--latent-per", choices=("rollout", "prompt"), default="rollout", help="one z each (default: rollout)")
+    loss = parser.add_argument_group("reward and loss").add_argument
+    loss("--reward", nargs="+", default=["accuracy=1"], metavar="NAME=WEIGHT",
+         help=f"the reward is their weighted sum; names: {', '.join(REWARDS)} (default: accuracy=1)")
+    loss("--truncated", choices=("keep", "mask", "penalise"), default="keep", help="completions cut off by the length limit: "
+         "train on them, leave them out of the loss, or take 1 off their reward (default: keep)")
+    loss("--algorithm", choices=list(ALGORITHMS), default="grpo", help="sets the defaults of the next six flags (default: grpo)")
+    loss("--advantage", choices=("mean-std", "mean", "leave-one-out"), help="baseline and scale (default: %(default)s)")
+    loss("--mean-over", choices=("sequence", "token", "constant"), help="what the loss is a mean over (default: %(default)s)")
+    loss("--ratio", choices=("token", "sequence"), help="importance ratio of each token or completion (default: %(default)s)")
+    loss("--clip-low", type=float, help="PPO clip below 1 (default: %(default)s)")
+    loss("--clip-high", type=float, help="PPO clip above 1 (default: %(default)s)")
+    loss("--resample", type=int, help="fresh prompts tried in place of one without signal (default: %(default)s)")
+    loss("--tis", type=float, default=0.0, help="weigh tokens by min(pi_old / pi_sampler, TIS); 0: off (default: 0)")
+    loss("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
 
 
-def add_all_flags(parser):
-    """The flags with the tiny world's and GRPO's defaults; REAL and ALGORITHMS have the others'."""
-    add_flags(parser, "model and data", model=("tiny", "hub name, folder or tiny"),
-              vae=(None, "VAE folder (default: OUT/vae, trained if it is missing)"),
-              traces=([], "[DOMAIN=]SOURCE of the VAE's and the warm-up's traces (default: the tiny world's)"),
-              limit=(2000, "traces kept per source of your own"), task=("tiny", "tiny, gsm8k, math, or a name for your own data"),
-              train_data=(None, "JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)"),
-              test_data=(None, "the same for the evaluation on the way (default: the task's own)"),
-              prompt=(PROMPT_STYLES, "prompt format"), max_prompt=(1024, "longest prompt allowed, in tokens"),
-              out=("runs/tiny", "folder of all stages"))
-    add_flags(parser, "injection", schedule=(["none", "two-phase", "linear"], "one run each: " + ", ".join(SCHEDULES) + ", or "
-              "points tau:rho as in 0:1,0.5:1,0.5:0,1:0, where a repeated tau is a jump"),
-              source=("prior", f"of prefixes: {', '.join(SOURCES)} or a domain"), length=(8, "prefix rows L"),
-              independent=(False, "L independent latents instead of one tiled (default: tiled)"),
-              latent_per=(("rollout", "prompt"), "one z each"))
-    add_flags(parser, "reward and loss", reward=(["accuracy=1"], "NAME=WEIGHT; their sum is the reward: " + ", ".join(REWARDS)),
-              truncated=(("keep", "mask", "penalise"), "completions cut off by the length limit: train on them, leave them "
-                         "out of the loss, or take 1 off their reward"),
-              algorithm=(tuple(ALGORITHMS), f"sets the defaults of {', '.join(PRESETS)}"),
-              advantage=(("mean-std", "mean", "leave-one-out"), "a group's baseline and scale"),
-              mean_over=(("sequence", "token", "constant"), "what the loss is a mean over"),
-              ratio=(("token", "sequence"), "importance ratio of each token, or of its whole completion"),
-              clip_low=(0.2, "PPO clip below 1"), clip_high=(0.2, "PPO clip above 1"),
-              resample=(0, "fresh prompts tried at most in place of one whose group has no signal"),
-              tis=(0.0, "weigh tokens by min(pi_old / pi_sampler, TIS); 0: off"),
-              kl=(0.0, "weight of the KL to the starting policy; 0: none held"))
-    add_flags(parser, "training", steps=(60, "batches of rollouts"), prompts=(8, "prompts per step, over all ranks"),
-              group=(8, "rollouts per prompt G"), epochs=(1, "passes over each batch of rollouts"),
-              minibatches=(1, "updates per pass"), lr=(4e-4, "AdamW's learning rate"), sft_lr=(3e-6, "of the warm-up"),
-              sft_batch=(64, "rows per warm-up update"), seed=([0], "RL seeds, one run each"),
-              base_seed=(0, "seed of the tiny base model"), base_steps=(900, "pretraining steps of the tiny base model"))
-    add_flags(parser, "sampling of rollouts", temperature=(1.0, "of rollouts"), max_new_tokens=(34, "longest completion"),
-              top_p=(1.0, "likeliest tokens kept, by sum; 1: all"), top_k=(0, "likeliest tokens kept, by number; 0: all"),
-              slots=(64, "rows decoded at a time"))
-    add_flags(parser, "evaluation", eval_every=(10, "steps between greedy evaluations"),
-              eval_questions=(256, "test questions of these"), arms=(["all"], "arms of the table at the end, or none"),
-              arm_questions=(64, "test questions of the arms"), arm_samples=(32, "samples a question in every arm"))
-    sft.add_machine_flags(parser, tokens_per_batch=8192, save_every=20)
+def add_training_flags(parser):
+    """Flags on training, sampling and evaluation."""
+    training = parser.add_argument_group("training").add_argument
+    training("--steps", type=int, default=60, help="batches of rollouts (default: %(default)s)")
+    training("--prompts", type=int, default=8, help="prompts per step, over all ranks (default: 8)")
+    training("--group", type=int, default=8, help="rollouts per prompt G (default: 8)")
+    training("--epochs", type=int, default=1, help="passes over each batch of rollouts (default: 1)")
+    training("--minibatches", type=int, default=1, help="updates per pass (default: 1)")
+    training("--lr", type=float, default=4e-4, help="AdamW's learning rate (default: %(default)s)")
+    training("--sft-lr", type=float, default=3e-6, help="of the warm-up (default: %(default)s)")
+    training("--sft-batch", type=int, default=64, help="rows per warm-up update (default: 64)")
+    training("--seed", type=int, nargs="+", default=[0], help="RL seeds, one run each (default: 0)")
+    training("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
+    training("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
+    sampling = parser.add_argument_group("sampling of rollouts").add_argument
+    sampling("--temperature", type=float, default=1.0, help="(default: 1)")
+    sampling("--top-p", type=float, default=1.0, help="(default: 1, off)")
+    sampling("--top-k", type=int, default=0, help="(default: 0, off)")
+    sampling("--max-new-tokens", type=int, default=34, help="longest completion (default: %(default)s)")
+    sampling("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
+    measure = parser.add_argument_group("evaluation").add_argument
+    measure("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
+    measure("--eval-questions", type=int, default=256, help="test questions of these (default: %(default)s)")
+    measure("--arms", nargs="+", default=["all"], help="arms of the table at the end, or none (default: all)")
+    measure("--arm-questions", type=int, default=64, help="test questions of the arms (default: 64)")
+    measure("--arm-samples", type=int, default=32, help="samples a question in every arm (default: 32)")
 
 
 def parse_args(argv=None):
     """The flags; --model and --algorithm change the defaults of others. Status 2 and one sentence if they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_all_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    sft.add_machine_flags(parser, tokens_per_batch=1024, save_every=20)
     argv = sys.argv[1:] if argv is None else argv
     known = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
     parser.set_defaults(**(REAL if known.model != "tiny" else {}), **dict(zip(PRESETS, ALGORITHMS[known.algorithm])))
@@ -509,26 +521,26 @@ def parse_args(argv=None):
 
 def check(args):
     """Refuse, before any work, what would fail after an hour or train on nothing: ValueError."""
+    def require(right, why):
+        if not right:
+            raise ValueError(why)
+
+    for name in ("length", "resample", "lr", "sft_lr", "kl", "clip_low", "clip_high", "tis"):
+        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    require(args.group >= 2, f"--group must be at least 2, not {args.group}: the rollouts of one prompt are compared")
+    require(args.temperature > 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
+    require(args.tis == 0 or args.tis >= 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1")
+    require(args.model == "tiny" or args.traces, "--traces is needed to train the VAE and to warm up a model other than tiny")
     try:
         args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
     except ValueError:
         raise ValueError(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}") from None
+    for name in args.reward:
+        require(name in REWARDS, f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
     domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces if "=" in spec]
-    named = args.model == "tiny" or args.traces and len(domains) == len(args.traces)       # else rows or VAE name the domains
-    wrong = [f"unknown reward '{name}': choose from {', '.join(REWARDS)}" for name in args.reward if name not in REWARDS]
-    wrong += [f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}" for name in
-              ("length", "resample", "lr", "sft_lr", "kl", "clip_low", "clip_high", "tis") if not getattr(args, name) >= 0]
-    for refused, why in (
-            (args.group < 2, f"--group must be at least 2, not {args.group}: the rollouts of one prompt are compared"),
-            (args.temperature <= 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing"),
-            (0 < args.tis < 1, f"--tis must be at least 1, or 0 for off, not {args.tis}: 1 lets no token count more than once"),
-            (args.model != "tiny" and not args.traces, "--traces is needed to train VAE and warm-up of a model other than tiny"),
-            (named and args.source not in (*SOURCES, *domains),
-             f"unknown --source '{args.source}': choose one of {', '.join([*SOURCES, *domains])}")):
-        wrong += [why] if refused else []
-    if wrong:
-        raise ValueError(wrong[0])
-    if named:
+    if args.model == "tiny" or len(domains) == len(args.traces):                # else rows or VAE name the domains
+        known = [*SOURCES, *domains]
+        require(args.source in known, f"unknown --source '{args.source}': choose one of {', '.join(known)}")
         evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
     sampling_of(args)
     for schedule in args.schedules:

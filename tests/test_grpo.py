@@ -590,7 +590,7 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
     (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "--schedule '0:1,0.5' is"),
     (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between 0"),
-    (["--tis", "0.5"], "--tis must be at least 1, or 0"), (["--resample", "-1"], "--resample must be 0 or more"),
+    (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--resample", "-1"], "--resample must be 0 or more"),
     (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
