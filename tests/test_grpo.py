@@ -152,7 +152,7 @@ def test_a_masked_completion_is_in_neither_numerator_nor_denominator():
 
 
 def test_groups_without_signal_are_exactly_zero():
-    rollouts = fake_rollouts([1] * 6, [0.7, 0.7, 0.7, 0, 1, 0])            # the float mean of three 0.7 is not 0.7
+    rollouts = fake_rollouts([1] * 6, [0.9, 0.9, 0.9, 0, 1, 0])            # the float mean of three 0.9 is not 0.9
     set_advantages(rollouts, SimpleNamespace(group=3, advantage="mean-std"))
     assert [r.advantage for r in rollouts[:3]] == [0.0] * 3 and rollouts[4].advantage > 0 > rollouts[3].advantage
 
