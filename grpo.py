@@ -59,10 +59,12 @@ def points_of(schedule):
     """The points of a schedule, named or written out: "0:1,1:0" -> [(0, 1), (1, 0)]. ValueError if it cannot be one."""
     try:
         points = [tuple(map(float, point.split(":", 1))) for point in SCHEDULES.get(schedule, schedule).split(",")]
-        assert all(0 <= tau <= 1 and 0 <= rho <= 1 for tau, rho in points) and points == sorted(points, key=lambda p: p[0])
-    except (ValueError, AssertionError):
+        right = all(0 <= tau <= 1 and 0 <= rho <= 1 for tau, rho in points) and points == sorted(points, key=lambda p: p[0])
+    except ValueError:                                      # not numbers, or not two
+        right = False
+    if not right:
         raise ValueError(f"--schedule '{schedule}' is none of {', '.join(SCHEDULES)}, nor points tau:rho between 0 and 1 with "
-                         "rising tau, as in 0:1,0.5:1,0.5:0,1:0") from None
+                         "rising tau, as in 0:1,0.5:1,0.5:0,1:0")
     return points
 
 
@@ -210,6 +212,15 @@ def roll_out(decoder, tokenizer, task, palette, step, asked, args):
     return rollouts
 
 
+def check_prompts(task, tokenizer, args):
+    """Raises ValueError for a question whose prompt is over --max-prompt: before the run, not when its turn comes."""
+    for row in task.train + task.test[:args.eval_questions]:
+        length = len(prompt_ids(row["question"], tokenizer, task.instruction, args.prompt))
+        if length > args.max_prompt:
+            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the "
+                             f"question {row['question'][:80]!r}")
+
+
 def set_advantages(rollouts, args):
     """Fill in each rollout's advantage in its group, exactly 0 without signal: no backward pass for rounding errors."""
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                           # [P, G]
@@ -339,46 +350,7 @@ def sample_row(rollout, step, source):
             "latent": rollout.latent.tolist() if rollout.latent is not None else None}
 
 
-# ---- the stages before it, and the runs ---------------------------------------------------------------------------------
-
-def main(argv=None):
-    """All stages: what is missing below RL, one RL run per schedule and seed, tables and pictures."""
-    args = parse_args(argv)
-    ranks = Ranks.start(args.device)
-    task = load_task(args.task, args.train_data, args.test_data)
-    if not task.train or not task.test:
-        raise ValueError(f"the task '{args.task}' needs training and test rows: give --train-data and --test-data")
-    if args.prompts % (ranks.world * args.minibatches):
-        raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
-    if args.model != "tiny":
-        check_prompts(task, load_tokenizer(args.model), args)
-    policies, folders = prepare(args, ranks), {}
-    for args.schedule in args.schedules:
-        name = args.schedule if args.schedule in SCHEDULES else "rho-" + args.schedule.replace(":", "=").replace(",", "-")
-        name += "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
-        for args.seed in args.seeds:
-            folder = Path(args.out) / f"{args.algorithm}-{name}-s{args.seed}"
-            config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
-            run = Run(folder, config, ranks, args.resume, args.overwrite)
-            folders.setdefault(args.schedule, []).append(folder)
-            if not run.finished:
-                train_one(args, task, run, policies["none" if args.schedule == "none" else "prior"])
-            elif ranks.rank == 0:
-                print(f"using {folder}")
-    if ranks.world > 1:
-        torch.distributed.destroy_process_group()
-    if ranks.rank == 0:
-        evaluate.close_rl(args, folders, policies, ranks.device)
-
-
-def check_prompts(task, tokenizer, args):
-    """Raises ValueError for a question whose prompt is over --max-prompt: before the run, not when its turn comes."""
-    for row in task.train + task.test[:args.eval_questions]:
-        length = len(prompt_ids(row["question"], tokenizer, task.instruction, args.prompt))
-        if length > args.max_prompt:
-            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the "
-                             f"question {row['question'][:80]!r}")
-
+# ---- the stages before it -----------------------------------------------------------------------------------------------
 
 def prepare(args, ranks):
     """Build what is missing below RL, each with the command a user would type. Returns {prefix kind: policy folder}."""
@@ -411,16 +383,6 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
     ranks.wait()
 
 
-def train_one(args, task, run, start):
-    """One RL run from the warmed-up policy in the folder `start`."""
-    model, tokenizer = load_policy(start, run.ranks.device)
-    reference = load_policy(start, run.ranks.device)[0].requires_grad_(False) if args.kl else None
-    source = "none" if args.schedule == "none" else args.source
-    latents = None if source in ("none", "noise") else vae_stage.VAE.load(args.vae)
-    palette = Palette(latents, model.get_input_embeddings().weight.detach(), source, args.length, not args.independent)
-    train(model, tokenizer, task, palette, run, args, reference)
-
-
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 # Defaults of a real model, whose weights want far smaller steps than the tiny world's.
@@ -447,7 +409,7 @@ def add_model_flags(parser):
     data("--out", default="runs/tiny", help="folder of all stages (default: %(default)s)")
     inject = parser.add_argument_group("injection").add_argument
     inject("--schedule", nargs="+", default=["none", "two-phase", "linear"], metavar="RHO", help="one run each: "
-           f"{', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0; a repeated tau is a jump (default: %(default)s)")
+           f"{', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0 with a jump at 0.5 (default: %(default)s)")
     inject("--source", default="prior", help=f"of prefixes: {', '.join(SOURCES)} or a domain (default: prior)")
     inject("--length", type=int, default=8, help="prefix rows L (default: 8)")
     inject("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
@@ -545,6 +507,46 @@ def check(args):
     sampling_of(args)
     for schedule in args.schedules:
         points_of(schedule)
+
+
+def main(argv=None):
+    """All stages: what is missing below RL, one RL run per schedule and seed, tables and pictures."""
+    args = parse_args(argv)
+    ranks = Ranks.start(args.device)
+    task = load_task(args.task, args.train_data, args.test_data)
+    if not task.train or not task.test:
+        raise ValueError(f"the task '{args.task}' needs training and test rows: give --train-data and --test-data")
+    if args.prompts % (ranks.world * args.minibatches):
+        raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
+    if args.model != "tiny":
+        check_prompts(task, load_tokenizer(args.model), args)
+    policies, folders = prepare(args, ranks), {}
+    for args.schedule in args.schedules:
+        name = args.schedule if args.schedule in SCHEDULES else "rho" + args.schedule.replace(":", "=").replace(",", "_")
+        name += "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
+        for args.seed in args.seeds:
+            folder = Path(args.out) / f"{args.algorithm}-{name}-s{args.seed}"
+            config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
+            run = Run(folder, config, ranks, args.resume, args.overwrite)
+            folders.setdefault(args.schedule, []).append(folder)
+            if not run.finished:
+                train_one(args, task, run, policies["none" if args.schedule == "none" else "prior"])
+            elif ranks.rank == 0:
+                print(f"using {folder}")
+    if ranks.world > 1:
+        torch.distributed.destroy_process_group()
+    if ranks.rank == 0:
+        evaluate.close_rl(args, folders, policies, ranks.device)
+
+
+def train_one(args, task, run, start):
+    """One RL run from the warmed-up policy in the folder `start`."""
+    model, tokenizer = load_policy(start, run.ranks.device)
+    reference = load_policy(start, run.ranks.device)[0].requires_grad_(False) if args.kl else None
+    source = "none" if args.schedule == "none" else args.source
+    latents = None if source in ("none", "noise") else vae_stage.VAE.load(args.vae)
+    palette = Palette(latents, model.get_input_embeddings().weight.detach(), source, args.length, not args.independent)
+    train(model, tokenizer, task, palette, run, args, reference)
 
 
 if __name__ == "__main__":

@@ -581,6 +581,18 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
         assert settings[0] == settings[1]
 
 
+def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.setattr(grpo, "prepare", lambda *_: {"none": "plain", "prior": "prefixed"})
+    monkeypatch.setattr(grpo, "train_one", lambda args, task, run, start: started.update({run.folder.name: (start, args.schedule, args.seed)}))
+    monkeypatch.setattr(grpo.evaluate, "close_rl", lambda args, folders, *_: started.update(folders={key: len(runs) for key, runs in folders.items()}))
+    grpo.main(["--schedule", "none", "linear", "0:0", "0:1,0.5:0", "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu"])
+    assert started.pop("folders") == {"none": 2, "linear": 2, "0:0": 2, "0:1,0.5:0": 2}
+    assert {name: start for name, start in started.items() if name.endswith("3")} == {
+        "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3), "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3),
+        "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
+
+
 # ---- the command line ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, message", [
