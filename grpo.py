@@ -41,7 +41,8 @@ from sft import Ranks, Run, apply_gradients, autocast, make_optimizer, seed_of
 from vae import require_positive, run_main
 
 # What tells the algorithms apart: the defaults of six flags. advantage: see advantages(); mean_over: see set_weights();
-# ratio, clip_low, clip_high: see policy_loss(); resample: see collect().
+# ratio, clip_low, clip_high: see policy_loss(); resample: see collect(). In a first update, where every ratio is 1, the gradient
+# of gspo is that of grpo, and dr-grpo's is rloo's times (G - 1) / G: they part with --epochs or --minibatches above 1.
 PRESETS = ("advantage", "mean_over", "ratio", "clip_low", "clip_high", "resample")
 ALGORITHMS = {"grpo": ("mean-std", "sequence", "token", 0.2, 0.2, 0),               # arXiv 2402.03300
               "rloo": ("leave-one-out", "constant", "token", 0.2, 0.2, 0),          # 2402.14740 sums over tokens; ours / constant
@@ -445,9 +446,9 @@ def add_training_flags(parser):
     training("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
     training("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
     sampling = parser.add_argument_group("sampling of rollouts").add_argument
-    sampling("--temperature", type=float, default=1.0, help="(default: 1)")
-    sampling("--top-p", type=float, default=1.0, help="(default: 1, off)")
-    sampling("--top-k", type=int, default=0, help="(default: 0, off)")
+    sampling("--temperature", type=float, default=1.0, help="of rollouts (default: 1)")
+    sampling("--top-p", type=float, default=1.0, help="likeliest tokens kept, by their sum (default: 1, all)")
+    sampling("--top-k", type=int, default=0, help="likeliest tokens kept, by number (default: 0, all)")
     sampling("--max-new-tokens", type=int, default=34, help="longest completion (default: %(default)s)")
     sampling("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
     measure = parser.add_argument_group("evaluation").add_argument

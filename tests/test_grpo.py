@@ -256,6 +256,16 @@ def test_the_first_update_is_on_policy_and_its_gradient_is_the_formula(model, to
     assert_same_gradients(ours, {name: p.grad for name, p in model.named_parameters()}, atol=2e-6)
 
 
+def test_two_pairs_of_algorithms_agree_on_policy(model, tokenizer, vae, task):
+    rollouts, found = rollouts_of(model, tokenizer, vae, task, arguments()), {}
+    for name in ("grpo", "gspo", "rloo", "dr-grpo"):
+        args = arguments(algorithm=name)
+        set_advantages(rollouts, args)
+        found[name] = gradient_of(model, rollouts, args)[0]
+    assert_same_gradients(found["grpo"], found["gspo"])
+    assert_same_gradients(found["rloo"], found["dr-grpo"], scale=3 / 4)
+
+
 OPTIONS = [*(dict(algorithm=name) for name in ALGORITHMS), dict(truncated="mask"), dict(truncated="penalise", tis=1.5), dict(kl=0.2)]
 
 
