@@ -30,15 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     # mean 1/4, sample variance ((3/4)^2 + 3 (1/4)^2) / 3 = 1/4, so std 1/2
-    torch.testing.assert_close(advantages(rewards, "mean-std"), torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.0] * 4]), atol=1e-3, rtol=0)
+    by_std = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.0] * 4])
+    torch.testing.assert_close(advantages(rewards, "mean-std"), by_std, atol=1e-3, rtol=0)
     torch.testing.assert_close(advantages(rewards, "leave-one-out"), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
     torch.testing.assert_close(advantages(rewards, "mean"), torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4]))
 
 
 def test_schedules():
     taus = (0.0, 0.25, 0.49, 0.5, 0.75)
-    expected = {"none": (0, 0, 0, 0, 0), "constant": (1, 1, 1, 1, 1), "two-phase": (1, 1, 1, 0, 0), "linear": (1, 0.75, 0.51, 0.5, 0.25),
-                "0:0.3": (0.3,) * 5, "0.25:0,0.75:1": (0, 0, 0.48, 0.5, 1), "0:0,0.5:0.5,0.5:1,1:0": (0, 0.25, 0.49, 1, 0.5)}
+    expected = {"none": (0, 0, 0, 0, 0), "constant": (1, 1, 1, 1, 1), "two-phase": (1, 1, 1, 0, 0),
+                "linear": (1, 0.75, 0.51, 0.5, 0.25), "0:0.3": (0.3,) * 5,
+                "0.25:0,0.75:1": (0, 0, 0.48, 0.5, 1), "0:0,0.5:0.5,0.5:1,1:0": (0, 0.25, 0.49, 1, 0.5)}
     for name, values in expected.items():
         assert [rho_at(name, tau) for tau in taus] == pytest.approx(values), name
 
@@ -80,15 +82,17 @@ def test_the_k3_kl_by_hand():
 
 
 def test_truncated_importance_weights_by_hand():
-    """Three tokens that pi_old draws 3, 1 and 1/2 times as often as the sampler, cap 2: weights 2, 1, 1/2, which are constants."""
+    """Tokens that pi_old draws 3, 1 and 1/2 times as often as the sampler, cap 2: weights 2, 1, 1/2, which are constants."""
+    row, advantage, weight = torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]), torch.ones(2)
     logprobs = torch.zeros(3, requires_grad=True)
     old, sampled = torch.zeros(3), -torch.tensor([3.0, 1.0, 0.5]).log()
-    loss, statistics = policy_loss(logprobs, old, sampled, torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]), torch.ones(2), tis=2.0)
+    loss, statistics = policy_loss(logprobs, old, sampled, row, advantage, weight, tis=2.0)
     loss.backward()
     assert loss.item() == pytest.approx(-2 - 1 + 2 * 0.5) and logprobs.grad.tolist() == pytest.approx([-2.0, -1.0, 1.0])
-    assert statistics[:, 3].tolist() == pytest.approx([2.0, 1.0, 0.5]) and statistics[:, 2].tolist() == pytest.approx([math.log(3), 0, math.log(2)])
-    off, _ = policy_loss(logprobs, old, sampled, torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]), torch.ones(2))
-    same, _ = policy_loss(logprobs, old, old, torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]), torch.ones(2), tis=2.0)
+    assert statistics[:, 3].tolist() == pytest.approx([2.0, 1.0, 0.5])
+    assert statistics[:, 2].tolist() == pytest.approx([math.log(3), 0, math.log(2)])
+    off, _ = policy_loss(logprobs, old, sampled, row, advantage, weight)
+    same, _ = policy_loss(logprobs, old, old, row, advantage, weight, tis=2.0)
     assert off.item() == same.item() == 0.0                                 # -1 - 1 + 2
 
 
@@ -98,7 +102,7 @@ def fake_rollouts(lengths, values, prompt=0):
 
 
 A = 0.5 / (0.5 ** 0.5 + 1e-4)               # (1, 0): mean 1/2, sample standard deviation sqrt(1/2)
-BY_HAND = {                                 # one token of ratio 3/2 with reward 1; three of ratios 1/2, 1, 2 with reward 0; limit 10
+BY_HAND = {                             # a token of ratio 3/2 with reward 1; three of ratios 1/2, 1, 2 with reward 0; limit 10
     "grpo": -(1.2 * A / 1 + (-0.8 - 1 - 2) * A / 3) / 2,                    # each completion's mean, then the mean of the two
     "rloo": -(1.2 - 0.8 - 1 - 2) * 1 / 20,                                  # each is the other's baseline: advantages 1 and -1
     "dr-grpo": -(1.2 - 0.8 - 1 - 2) * 0.5 / 20,                             # advantages 1/2 and -1/2
@@ -234,7 +238,7 @@ def assert_same_gradients(one, other, atol=1e-6, scale=1.0):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_first_update_is_on_policy_and_its_gradient_is_the_formula(model, tokenizer, vae, task, algorithm):
-    """With prefixes on some rows, end tokens, uneven lengths, temperature 0.7: log-ratio 0, gradient = -A grad log p / normaliser.
+    """Prefixes on some rows, end tokens, uneven lengths, temperature 0.7: log-ratio 0, gradient = -A grad log p / normaliser.
 
     On policy a clip changes nothing, and the gradient of a completion's geometric mean ratio is that of its mean log-prob.
     """
@@ -266,7 +270,8 @@ def test_two_pairs_of_algorithms_agree_on_policy(model, tokenizer, vae, task):
     assert_same_gradients(found["rloo"], found["dr-grpo"], scale=3 / 4)
 
 
-OPTIONS = [*(dict(algorithm=name) for name in ALGORITHMS), dict(truncated="mask"), dict(truncated="penalise", tis=1.5), dict(kl=0.2)]
+OPTIONS = [*(dict(algorithm=name) for name in ALGORITHMS),
+           dict(truncated="mask"), dict(truncated="penalise", tis=1.5), dict(kl=0.2)]
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -311,7 +316,8 @@ def test_an_end_token_is_trained(model, tokenizer):
 
 
 def test_truncated_completions_are_penalised_or_kept(model, tokenizer, vae, task):
-    kept, penalised, masked = (rollouts_of(model, tokenizer, vae, task, arguments(truncated=how)) for how in ("keep", "penalise", "mask"))
+    kept, penalised, masked = (rollouts_of(model, tokenizer, vae, task, arguments(truncated=how))
+                               for how in ("keep", "penalise", "mask"))
     assert 0 < sum(r.finish == "length" for r in kept) < len(kept)
     for one, two, three in zip(kept, penalised, masked):
         assert one.completion_ids == two.completion_ids == three.completion_ids and one.rewards == two.rewards
@@ -414,10 +420,11 @@ def test_metrics_of_guided_and_unguided_tokens_add_up_to_the_whole(model, tokeni
         assert parts[0] != parts[1] and min(parts) > 0
     alone, one = rollouts[0], arguments()
     update(other, make_optimizer(other, 0.0), None, rollouts, one, ALONE)   # entropy of the guided rows, computed apart
-    logits = other(inputs_embeds=torch.cat([alone.prefix, other.get_input_embeddings()(torch.tensor(alone.prompt_ids + alone.completion_ids))])[None])
-    entropy = torch.distributions.Categorical(logits=logits.logits[0, -len(alone.completion_ids) - 1:-1]).entropy().sum().item()
+    inputs = torch.cat([alone.prefix, other.get_input_embeddings()(torch.tensor(alone.prompt_ids + alone.completion_ids))])
+    logits = other(inputs_embeds=inputs[None]).logits[0, -len(alone.completion_ids) - 1:-1]
     alone.advantage = 1.0
-    assert update(other, make_optimizer(other, 0.0), None, [alone], one, ALONE)["sums"][1, -1].item() == pytest.approx(entropy, rel=1e-4)
+    sums = update(other, make_optimizer(other, 0.0), None, [alone], one, ALONE)["sums"]
+    assert sums[1, -1].item() == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().sum().item(), rel=1e-4)
 
 
 def test_silent_rollouts_cost_no_forward_pass(model, tokenizer, vae, task, monkeypatch):
@@ -442,8 +449,8 @@ def test_which_rollouts_are_guided_and_who_shares_a_latent(model, tokenizer, vae
     assert [r.guided for r in half] == [True, True, False, False] * 4
 
 
-@pytest.mark.parametrize("source, independent", [("prior", False), ("prior", True), ("mixture", True), ("math", False), ("noise", False),
-                                                 ("gauss", True)])
+@pytest.mark.parametrize("source, independent", [("prior", False), ("prior", True), ("mixture", True), ("math", False),
+                                                 ("noise", False), ("gauss", True)])
 def test_prefixes_of_every_source_reach_the_rollouts(model, tokenizer, vae, task, source, independent):
     args = arguments(schedule="constant", independent=independent)
     rollouts = rollouts_of(model, tokenizer, vae, task, args, source=source)
@@ -490,10 +497,10 @@ def test_every_step_samples_anew(model, tokenizer, vae, task):
     task.train[:] = task.train[:4]                                          # the same four prompts at every step
     args, decoder = arguments(schedule="constant"), Decoder(model)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
-    one, two = ({r.prompt_ids[1:] and tuple(r.prompt_ids + r.completion_ids) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)}
-                for step in (0, 1))
+    steps = [collect(decoder, tokenizer, task, palette, step, args, ALONE) for step in (0, 1)]
+    one, two = ({tuple(r.prompt_ids + r.completion_ids) for r in rollouts} for rollouts in steps)
     assert not one & two
-    latents = [{tuple(r.latent.flatten().tolist()) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)} for step in (0, 1)]
+    latents = [{tuple(r.latent.flatten().tolist()) for r in rollouts} for rollouts in steps]
     assert not latents[0] & latents[1]
 
 
@@ -563,9 +570,10 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
     metrics = []
     for world in (1, 2):
         script = tmp_path / f"ranks{world}.py"
-        script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), policy=str(policy_folder), vae=str(tmp_path / "vae"),
-                                             out=str(tmp_path / f"out{world}"),
-                                             changes=dict(steps=5, algorithm="dapo", tis=1.5, truncated="mask", epochs=2, minibatches=2)))
+        script.write_text(RANK_SCRIPT.format(
+            root=str(ROOT), tests=str(ROOT / "tests"), policy=str(policy_folder), vae=str(tmp_path / "vae"),
+            out=str(tmp_path / f"out{world}"),
+            changes=dict(steps=5, algorithm="dapo", tis=1.5, truncated="mask", epochs=2, minibatches=2)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
                                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script)],
@@ -587,20 +595,23 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     assert policies == {"none": "runs/tiny/sft-none/policy", "prior": "runs/tiny/sft/policy"}
     assert vars(vae_script.parse_args(built["vae.py"][0])) == vars(vae_script.parse_args([]))
     for argv, alone in zip(built["sft.py"], (["pretrain"], ["--prefix", "none"], [])):
-        settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")} for flags in (argv, alone)]
+        settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")}
+                    for flags in (argv, alone)]
         assert settings[0] == settings[1]
 
 
 def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
     started = {}
     monkeypatch.setattr(grpo, "prepare", lambda *_: {"none": "plain", "prior": "prefixed"})
-    monkeypatch.setattr(grpo, "train_one", lambda args, task, run, start: started.update({run.folder.name: (start, args.schedule, args.seed)}))
-    monkeypatch.setattr(grpo.evaluate, "close_rl", lambda args, folders, *_: started.update(folders={key: len(runs) for key, runs in folders.items()}))
-    grpo.main(["--schedule", "none", "linear", "0:0", "0:1,0.5:0", "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu"])
-    assert started.pop("folders") == {"none": 2, "linear": 2, "0:0": 2, "0:1,0.5:0": 2}
+    monkeypatch.setattr(grpo, "train_one", lambda args, _, run, start:
+                        started.update({run.folder.name: (start, args.schedule, args.seed)}))
+    monkeypatch.setattr(grpo.evaluate, "close_rl", lambda _, folders, *__: started.update(folders=folders))
+    schedules = ["none", "linear", "0:0", "0:1,0.5:0"]
+    grpo.main(["--schedule", *schedules, "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu"])
+    assert {name: len(runs) for name, runs in started.pop("folders").items()} == dict.fromkeys(schedules, 2)
     assert {name: start for name, start in started.items() if name.endswith("3")} == {
-        "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3), "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3),
-        "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
+        "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3),
+        "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------
@@ -610,8 +621,8 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
     (["--temperature", "0"], "--temperature must be above 0"), (["--steps", "0"], "--steps must be at least 1"),
     (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"),
     (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
-    (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "--schedule '0:1,0.5' is"),
-    (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between 0"),
+    (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
+    (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between"),
     (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--resample", "-1"], "--resample must be 0 or more"),
     (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
 ])
@@ -622,10 +633,11 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
 
 
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
-    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "grpo.py: no such file: nowhere.jsonl"),
+    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "no such file: nowhere.jsonl"),
                           (["--prompts", "8", "--minibatches", "3"], "cannot be split over 1 ranks x 3 minibatches"),
-                          (["--model", "/nowhere", "--task", "tiny", "--traces", "nowhere.jsonl", "--out", str(tmp_path)], "nowhere")):
-        done = subprocess.run([sys.executable, str(ROOT / "grpo.py"), *argv], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+                          (["--model", "/nowhere", "--task", "tiny", "--traces", "t.jsonl", "--out", str(tmp_path)], "nowhere")):
+        command = [sys.executable, str(ROOT / "grpo.py"), *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
