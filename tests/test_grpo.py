@@ -633,7 +633,7 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
 
 
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
-    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "no such file: nowhere.jsonl"),
+    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "no such file: nowhere"),
                           (["--prompts", "8", "--minibatches", "3"], "cannot be split over 1 ranks x 3 minibatches"),
                           (["--model", "/nowhere", "--task", "tiny", "--traces", "t.jsonl", "--out", str(tmp_path)], "nowhere")):
         command = [sys.executable, str(ROOT / "grpo.py"), *argv]
