@@ -300,10 +300,10 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         began = time.time()
         rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
         rolled = time.time()
+        decoder.refresh()                                   # its packed weights are not held over the update
         share = args.prompts // args.minibatches // ranks.world * args.group
         updates = [update(model, optimizer, reference, rollouts[start:start + share], args, ranks)
                    for _ in range(args.epochs) for start in range(0, len(rollouts), share)]
-        decoder.refresh()
         row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
                "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
