@@ -225,13 +225,23 @@ def check_rows(model, prompts, prefixes, others):
             raise ValueError(f"prompt {row} is empty; a row needs at least one token after its prefix.")
         if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != weight.shape[1]):
             raise ValueError(f"prefix {row} has shape {list(prefix.shape)}; this model needs [L, {weight.shape[1]}].")
-    return [weight.new_zeros(0, weight.shape[1]) if prefix is None else prefix.to(weight) for prefix in prefixes]
+    none = torch.zeros(0, weight.shape[1])
+    return [(none if prefix is None else prefix).to(weight.device, weight.dtype) for prefix in prefixes]
 
 
-def embed_rows(model, ids, prefixes):
-    """B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]."""
-    tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=model.device)
-    embedded = model.get_input_embeddings()(tokens).split([len(row) for row in ids])
+def whole(weight):
+    """A weight as a plain tensor. One that `--fsdp` has sharded is gathered, by all ranks at once, its gradient summed and
+    sharded again; any other is returned as it is."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial        # only here: half a second that a single process does not need
+    return weight.full_tensor(grad_placements=[Partial()])
+
+
+def embed_rows(table, ids, prefixes):
+    """Embedding table [V, d], B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]."""
+    tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=table.device)
+    embedded = F.embedding(tokens, table).split([len(row) for row in ids])
     return torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in zip(prefixes, embedded)], batch_first=True)
 
 
@@ -252,8 +262,8 @@ def is_cpu_fp32(x):
 
 def pack(*linears):
     """Linear modules that read the same input -> one (matrix as tiles [t, in, out / t], bias [out] or None)."""
-    weight = linears[0].weight if len(linears) == 1 else torch.cat([m.weight for m in linears])  # [out, in]
-    bias = None if linears[0].bias is None else torch.cat([m.bias for m in linears])
+    weight = torch.cat([whole(m.weight) for m in linears]) if len(linears) > 1 else whole(linears[0].weight)  # [out, in]
+    bias = None if linears[0].bias is None else torch.cat([whole(m.bias) for m in linears])
     if not is_cpu_fp32(weight):
         return weight.T[None], bias
     # Few rows times a large matrix are up to twice as fast by tiles that fit the CPU's cache, ordered [in, out] in memory.
@@ -301,17 +311,18 @@ class Decoder:
 
     def refresh(self):
         """Forget (and free) the packed weights; the next generate packs the module's current ones."""
-        self.blocks, self.head, self.graphs = [], None, {}
+        self.blocks, self.head, self.norm, self.table, self.graphs = [], None, None, None, {}
 
     def _pack(self):
         for layer in self.model.model.layers:
             a, m = layer.self_attn, layer.mlp
-            qk_norm = torch.cat([a.q_norm.weight.expand(self.heads, -1), a.k_norm.weight.expand(self.kv, -1)]) \
+            qk_norm = torch.cat([whole(a.q_norm.weight).expand(self.heads, -1), whole(a.k_norm.weight).expand(self.kv, -1)]) \
                 if hasattr(a, "q_norm") else None  # [H + KV, D]
-            self.blocks.append((layer.input_layernorm.weight, pack(a.q_proj, a.k_proj, a.v_proj), qk_norm,
-                                pack(a.o_proj), layer.post_attention_layernorm.weight,
+            self.blocks.append((whole(layer.input_layernorm.weight), pack(a.q_proj, a.k_proj, a.v_proj), qk_norm,
+                                pack(a.o_proj), whole(layer.post_attention_layernorm.weight),
                                 pack(m.gate_proj, m.up_proj), pack(m.down_proj)))
-        self.head = pack(self.model.get_output_embeddings())
+        self.head, self.norm = pack(self.model.get_output_embeddings()), whole(self.model.model.norm.weight)
+        self.table = whole(self.model.get_input_embeddings().weight)  # [V, d]
 
     def _reserve(self, columns, rows):
         """Allocate cache and per-slot state, unless those of the last call are large enough."""
@@ -390,8 +401,8 @@ class Decoder:
                 return (q @ keys.mT * dim ** -0.5 + mask).softmax(-1) @ values
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
-        x = self._layers(F.embedding(self.token[:n], self.weight), self._rotary(pos), attend)  # [n, d]
-        logits = linear(self._norm(x, self.model.model.norm.weight), self.head)  # [n, V]
+        x = self._layers(F.embedding(self.token[:n], self.table), self._rotary(pos), attend)  # [n, d]
+        logits = linear(self._norm(x, self.norm), self.head)  # [n, V]
         token, logprob = sample(logits, self.u[slot, pos], sampling)
         self.ids[slot, pos], self.logprobs[slot, pos], self.token[:n] = token, logprob, token
         pos += live  # an ended row stands still, writing behind its completion, until it is retired
@@ -423,7 +434,7 @@ class Decoder:
         jobs += fresh + copies
         for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 512):
             rows = [fresh[i] for i in group]  # neighbours, as the queue is sorted by length
-            x = embed_rows(self.model, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
+            x = embed_rows(self.table, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
             if x.shape[1]:  # what right pads write is overwritten before it is read
                 self._prefill(first + group[0], x)
         width, behind, taken = max(job.length for job in new), first + len(fresh), slice(first, len(jobs))
@@ -548,13 +559,16 @@ def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling
     right-padded hidden states [B, T, d], never of logits [B, T, V]; split a long batch by `micro_batches` first.
     """
     prefixes = check_rows(model, prompts, prefixes, completions)
+    if not prompts:  # a row without a word to score: its gradient is zero, and a rank without rows stays in step
+        prompts, completions, prefixes = [[0, 0]], [[]], check_rows(model, [[0]], None, [[]])
     # The last token is predicted but never read. Right pads follow all that counts, so causality hides them: no mask.
-    x = embed_rows(model, [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], prefixes)
+    table = whole(model.get_input_embeddings().weight)  # [V, d]
+    x = embed_rows(table, [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], prefixes)
     hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state  # [B, T, d]
     first = [len(prefix) + len(prompt) - 1 for prefix, prompt in zip(prefixes, prompts)]
     places = [(row, first[row] + i, token) for row, c in enumerate(completions) for i, token in enumerate(c)]
     row, column, targets = torch.tensor(places, dtype=torch.long, device=x.device).reshape(-1, 3).T  # [N] each
-    hidden, weight = hidden[row, column], model.get_output_embeddings().weight  # [N, d], [V, d]
+    hidden, weight = hidden[row, column], whole(model.get_output_embeddings().weight)  # [N, d], [V, d]
     if torch.is_autocast_enabled(x.device.type):
         hidden, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (hidden, weight))
     logprobs, entropy = HeadLogProb.apply(hidden, weight, targets, sampling, with_entropy)

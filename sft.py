@@ -18,19 +18,22 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import time
+import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from prefix import Palette, completion_logprobs, load_policy, micro_batches
+from prefix import Palette, completion_logprobs, load_policy, micro_batches, whole
 from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
                      tiny_answer, tiny_document, tiny_question, tiny_task, tiny_traces)
 from vae import VAE, find_model, find_vae, load_traces, require_positive, run_main, tiny_defaults, write_text
@@ -40,14 +43,22 @@ from vae import VAE, find_model, find_vae, load_traces, require_positive, run_ma
 
 @dataclass
 class Ranks:
-    """Where this process stands among the ranks of a torchrun job; alone it is rank 0 of 1."""
+    """Where this process stands among the ranks of a torchrun job; alone it is rank 0 of 1.
+
+    Each rank holds the whole model, or with fsdp its share of every weight, gradient and moment (`shard`).
+    """
     rank: int
     world: int
     device: torch.device
+    fsdp: bool = False
 
     @classmethod
-    def start(cls, device="auto"):
-        """Join the job that torchrun describes in the environment, if any. device: auto, cpu, cuda or mps."""
+    def start(cls, device="auto", fsdp=False):
+        """Join the job that torchrun describes in the environment, if any. device: auto, cpu, cuda or mps.
+
+        torchrun ends all ranks as soon as one has died. The time-out is for a rank that hangs, and longer than any honest
+        wait: rank 0 may fetch a model or train a VAE meanwhile.
+        """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,9 +69,11 @@ class Ranks:
         if device == "cuda" and world > 1:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
+        if fsdp and world == 1:
+            raise ValueError("--fsdp shards over several ranks: start them with torchrun --nproc_per_node=N, or leave it out")
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        return cls(rank, world, torch.device(device))
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=1))
+        return cls(rank, world, torch.device(device), fsdp)
 
     def own(self, rows):
         """This rank's share of a global batch: every world-th item."""
@@ -73,6 +86,15 @@ class Ranks:
             dist.all_reduce(summed)
         return summed.tolist()
 
+    def level(self, groups):
+        """This rank's micro-batches, under FSDP with empty ones added until every rank has as many: each forward and backward
+        gathers weights from all ranks, so each must be run by all. completion_logprobs makes of [] a row that counts nothing.
+        """
+        if not self.fsdp:
+            return groups
+        counts = self.total([len(groups) * (rank == self.rank) for rank in range(self.world)])
+        return groups + [[]] * (int(max(counts)) - len(groups))
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
@@ -83,15 +105,65 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---- optimizer ----------------------------------------------------------------------------------------------------------
+# ---- the model and its optimizer ----------------------------------------------------------------------------------------
+
+def load_trainable(name, ranks, args, frozen=False):
+    """(model, tokenizer) for a training loop. frozen: a reference that is only read, in bf16 with --precision bf16.
+
+    --checkpointing keeps a layer's input alone and runs the layer again in the backward pass. With --fsdp each rank reads the
+    model into its host's memory and moves its share of it to the device.
+    """
+    dtype = torch.bfloat16 if frozen and args.precision == "bf16" else torch.float32
+    model, tokenizer = load_policy(name, "cpu" if ranks.fsdp else ranks.device, dtype)
+    model.requires_grad_(not frozen)
+    if args.checkpointing and not frozen:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.layers:
+            layer.training = True               # without it transformers ignores the call; what is inside stays in eval mode
+    return shard(model, ranks, args.precision) if ranks.fsdp else model, tokenizer
+
+
+def shard(model, ranks, precision):
+    """FSDP2: leave this rank its share (along dimension 0) of every weight; so the gradients and moments are shares, too.
+
+    A layer's weights are gathered when it runs, forward and backward, and dropped after it; in bf16 with --precision bf16,
+    while shares, gradients and residual stream are fp32. The tables of embedding and head are read outside of any module's
+    forward, so `whole` (prefix.py) gathers them. Gradients of ranks are added, not averaged, as apply_gradients has it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    policy = MixedPrecisionPolicy(*(torch.bfloat16, torch.float32) if precision == "bf16" else (), cast_forward_inputs=False)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    share = lambda weight: distribute_tensor(weight.detach().to(ranks.device), mesh, [Shard(0)])
+    tables = {weight: torch.nn.Parameter(share(weight), weight.requires_grad)
+              for weight in dict.fromkeys(module.weight for module in ends)}                        # one, where they are tied
+    for module in ends:
+        module.weight = tables[module.weight]
+    for part in (*model.model.layers, model.model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(tables.values()))
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
+    return model
+
 
 def make_optimizer(model, lr, weight_decay=0.0):
     """AdamW on every trainable weight; our choice: betas (0.9, 0.98), as the moments must settle within tens of steps."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, (0.9, 0.98), weight_decay=weight_decay)
 
 
+def set_learning_rate(optimizer, args, step):
+    """--lr x a factor that is a pure function of the step, so a resumed run has nothing to restore: it rises over
+    --lr-warmup steps, then stays, or falls to 0 at the last step along a line or half a cosine. Returns the rate."""
+    rise, tau = (step + 1) / (args.lr_warmup + 1), step / args.steps
+    fall = {"constant": 1.0, "linear": 1 - tau, "cosine": (1 + math.cos(math.pi * tau)) / 2}[args.lr_schedule]
+    optimizer.param_groups[0]["lr"] = args.lr * min(1.0, rise) * fall
+    return optimizer.param_groups[0]["lr"]
+
+
 def apply_gradients(model, optimizers, ranks, max_norm=1.0):
-    """Add the gradients of all ranks, clip, step, clear. Returns the gradient norm before clipping.
+    """Add the gradients of all ranks (FSDP's backward has), clip, step, clear. Returns the gradient norm before clipping.
 
     Losses are divided by *global* counts before backward, so gradients of ranks and of micro-batches add up to those of
     one big batch. A rank without any loss takes part with zeros: every rank makes the same collective calls.
@@ -100,9 +172,10 @@ def apply_gradients(model, optimizers, ranks, max_norm=1.0):
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-        if ranks.world > 1:
+        if ranks.world > 1 and not ranks.fsdp:
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if not torch.isfinite(norm):                    # the same on every rank: all of them stop here, with their weights whole
         raise ValueError("the gradient is not finite: lower --lr, or use --precision fp32; the last checkpoint is still good")
     for optimizer in optimizers:
@@ -119,20 +192,22 @@ def autocast(device, precision):
 # ---- run folders --------------------------------------------------------------------------------------------------------
 
 class Run:
-    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/, policy/ (the finished model).
+    """A run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint-N/, best/ and policy/ (the finished model).
 
-    Rank 0 alone writes, under a temporary name that is changed when complete: a kill at any moment leaves the old or the
-    new, never a part. A checkpoint is a Hugging Face folder with optimizer.safetensors and state.json beside the weights.
+    policy/ and best/ are Hugging Face folders. Files and folders are filled under a temporary name that is changed when they
+    are complete: a kill at any moment leaves the old or the new, never a part. Rank 0 alone writes, but for checkpoints of
+    sharded models, of which each rank writes its share; all ranks must see the folder.
     Raises ValueError if the folder holds a run with other settings, or an unfinished one and resume is not asked for.
     """
 
     def __init__(self, folder, config, ranks, resume=False, overwrite=False, keep=2):
         self.folder, self.ranks, self.keep, self.writes = Path(folder), ranks, keep, ranks.rank == 0
-        self.finished = False
+        self.finished, self.best = False, {"step": 0, "score": -math.inf}
         known, config = self.folder / "config.json", json.loads(json.dumps(config))
         if overwrite and self.writes and known.is_file():
-            for path in [known, self.folder / "policy", *self.folder.glob("*.jsonl"), *self.checkpoints()]:     # ours alone
+            for path in (known, self.folder / "policy", self.folder / "best", *self.folder.glob("*.jsonl")):    # ours alone
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            self.tidy()
         ranks.wait()                                    # every rank sees the folder as rank 0 left it
         if known.is_file():
             before = json.loads(known.read_text())
@@ -144,7 +219,9 @@ class Run:
             if not self.finished and not resume:
                 raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
         ranks.wait()
-        if self.writes and not known.is_file():
+        if self.writes and self.finished:
+            self.tidy()                                 # a kill may have come between policy/ and this
+        elif self.writes and not known.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(known, json.dumps(config, indent=1))
 
@@ -154,79 +231,173 @@ class Run:
             with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def save(self, step, model, tokenizer, optimizers, **state):
-        """checkpoint-STEP/: all that the loop needs to go on after `step` finished steps. Keeps the newest `keep`."""
-        if self.writes:
-            tensors = {}
-            for i, optimizer in enumerate(optimizers):
-                for index, entries in optimizer.state_dict()["state"].items():
-                    tensors.update({f"{i}.{index}.{key}": value.contiguous() for key, value in entries.items()})
-            with new_folder(self.folder / f"checkpoint-{step:06d}") as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-                save_file(tensors, folder / "optimizer.safetensors")
-                (folder / "state.json").write_text(json.dumps({"step": step, **state}))
-            for old in self.checkpoints()[:-self.keep]:
-                shutil.rmtree(old)
-        self.ranks.wait()
-
     def checkpoints(self):
         return sorted(self.folder.glob("checkpoint-[0-9]*"))
 
-    def restore(self, model, optimizers):
-        """Load the newest readable checkpoint into model and optimizers. Returns its state {"step": ...}, step 0 if none.
+    def save(self, step, model, optimizers, **state):
+        """checkpoint-STEP/: all that the loop needs to go on after `step` finished steps. Keeps the newest `keep`."""
+        tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}        # a tied weight once
+        for i, optimizer in enumerate(optimizers):
+            for index, entries in optimizer.state_dict()["state"].items():
+                tensors.update({f"{i}.{index}.{name}": value for name, value in entries.items()})
+        with self.new_folder(f"checkpoint-{step:06d}") as folder:
+            if self.ranks.fsdp:                         # every rank writes its shares into a file of its own
+                with distributed_checkpoint() as dcp:
+                    dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+            elif self.writes:
+                save_file(tensors, folder / "tensors.safetensors")
+            if self.writes:
+                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+                (folder / "state.json").write_text(json.dumps({"step": step, **state, "sizes": sizes}))
+        if self.writes:
+            for old in self.checkpoints()[:-self.keep]:
+                shutil.rmtree(old)
+            bests = [*self.former_bests(), self.folder / "best"]
+            for folder, following in zip(bests, bests[1:]):             # wanted while a checkpoint goes back before the next best
+                if step_of(following) <= step_of(self.checkpoints()[0]):
+                    shutil.rmtree(folder)
+        self.ranks.wait()
 
-        metrics.jsonl and samples.jsonl are cut back to that step: what came after it is about to happen again.
+    def restore(self, model, optimizers):
+        """Load the newest checkpoint that all ranks can read, of any number of ranks. Returns {"step": ...}, step 0 if none.
+
+        Metrics and samples are cut back to that step, and best/ to what it was: what came after is about to happen again.
         """
         state = {"step": 0}
         for folder in reversed(self.checkpoints()):
             try:
-                saved, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-                found = json.loads((folder / "state.json").read_text())
-                contents = [{**optimizer.state_dict(), "state": {}} for optimizer in optimizers]
-                for key, value in moments.items():
-                    which, index, name = key.split(".", 2)
-                    contents[int(which)]["state"].setdefault(int(index), {})[name] = value
-                model.load_state_dict(saved, strict=False)              # a tied head is stored once
-                for optimizer, content in zip(optimizers, contents):
-                    optimizer.load_state_dict(content)
+                tensors, found, problem = *read_checkpoint(folder, model, optimizers), None
+            except Exception as error:                  # each library has its own error for a torn file; go one back
+                problem = str(error).splitlines()[0]
+                print(f"{folder} cannot be read ({problem}): going back to the one before", flush=True)
+            if not self.ranks.total([problem is not None])[0]:
+                load_tensors(tensors, model, optimizers)
                 state = found
                 break
-            except Exception as error:                  # each library has its own error for a torn file; go one back
-                print(f"{folder} cannot be read ({str(error).splitlines()[0]}): going back to the one before", flush=True)
         if self.writes:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 if path.is_file():                          # a torn last line has no end of line
                     lines = path.read_text().split("\n")[:-1] if state["step"] else []
                     write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
+            for folder in [*self.former_bests(), self.folder / "best"]:
+                if folder.exists() and step_of(folder) > state["step"]:
+                    shutil.rmtree(folder)
+            if self.former_bests() and not (self.folder / "best").exists():
+                os.rename(self.former_bests()[-1], self.folder / "best")
         self.ranks.wait()
+        if (self.folder / "best").exists():
+            self.best = json.loads((self.folder / "best" / "best.json").read_text())
         return state
+
+    def keep_best(self, step, score, model, tokenizer):
+        """best/: the policy of the highest score so far (the earliest of equals), with best.json {"step", "score"}."""
+        if score <= self.best["score"]:
+            return
+        if self.writes and (self.folder / "best").exists():             # a resumed run may want it back
+            os.rename(self.folder / "best", self.folder / f"best-{self.best['step']:06d}")
+        self.best = {"step": step, "score": score}
+        self.write_policy("best", model, tokenizer, self.best)
+
+    def former_bests(self):
+        return sorted(self.folder.glob("best-[0-9]*"))
 
     def finish(self, model, tokenizer):
         """Write policy/, the finished model; its presence says that the run is complete. Checkpoints are dropped."""
-        if self.writes:
-            with new_folder(self.folder / "policy") as folder:
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
-            for old in self.checkpoints():
-                shutil.rmtree(old)
+        self.write_policy("policy", model, tokenizer)
         self.finished = True
+        if self.writes:
+            self.tidy()
+
+    def write_policy(self, name, model, tokenizer, note=None):
+        """An ordinary Hugging Face folder; the weights of a sharded model are gathered one by one."""
+        weights = {}
+        for key, p in model.named_parameters() if self.ranks.fsdp else ():
+            value = whole(p.detach())
+            weights.update({key: value.cpu()} if self.writes else {})
+        with self.new_folder(name) as folder:
+            if self.writes:
+                model.save_pretrained(folder, state_dict=weights or None)
+                tokenizer.save_pretrained(folder)
+                if note:
+                    (folder / f"{name}.json").write_text(json.dumps(note))
         self.ranks.wait()
+
+    def tidy(self):
+        """Drop what only an unfinished run needs."""
+        for folder in (*self.checkpoints(), *self.former_bests(), *self.folder.glob(".*.tmp")):
+            shutil.rmtree(folder)
+
+    @contextlib.contextmanager
+    def new_folder(self, name):
+        """Fill a folder, on all ranks, under a temporary name. Rank 0 gives it its own name when it is complete, and removes it
+        if filling it fails."""
+        path, temporary = self.folder / name, self.folder / f".{name}.tmp"
+        if self.writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        self.ranks.wait()
+        try:
+            yield temporary
+            if self.writes:
+                if path.exists():
+                    shutil.rmtree(path)
+                os.rename(temporary, path)
+        finally:
+            if self.writes:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+def step_of(folder):
+    """The step of a checkpoint or best folder."""
+    return json.loads((folder / ("best.json" if folder.name.startswith("best") else "state.json")).read_text())["step"]
+
+
+def read_checkpoint(folder, model, optimizers):
+    """({key: tensor}, state) of a complete checkpoint, however many ranks wrote it; of a sharded tensor this rank's share.
+
+    Nothing is loaded into model or optimizers yet, and no rank waits for another: reading may fail on one alone.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
+    if sizes != state.pop("sizes"):
+        raise ValueError("its files are not as long as when they were saved")
+    owners = {f"model.{name}": p for name, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        owners.update({f"{i}.{j}": p for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"])})
+    with distributed_checkpoint() as dcp:
+        reader, tensors = dcp.HuggingFaceStorageReader(str(folder)), {}
+        for key, entry in reader.read_metadata().state_dict_metadata.items():       # a moment is laid out as its weight is
+            owner = owners[key if key.startswith("model.") else key.rpartition(".")[0]]
+            tensors[key] = torch.zeros_like(owner) if entry.size == owner.shape else torch.zeros(entry.size)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors, state
 
 
 @contextlib.contextmanager
-def new_folder(path):
-    """Fill a folder under a temporary name; it takes its own name when complete, and vanishes if filling it fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def distributed_checkpoint():
+    """torch.distributed.checkpoint (safetensors, no pickle), its errors as OSError: they are no Exceptions. It also warns that
+    with no_dist each rank reads for itself, which is what we want."""
+    from torch.distributed import checkpoint
     try:
-        yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield checkpoint
+    except checkpoint.CheckpointException as error:
+        raise OSError(str(next(iter(error.failures.values()))[0])) from error
+
+
+@torch.no_grad()
+def load_tensors(tensors, model, optimizers):
+    """Put what read_checkpoint found into model and optimizers."""
+    for name, p in model.named_parameters():
+        p.copy_(tensors[f"model.{name}"])
+    contents = [{**optimizer.state_dict(), "state": {}} for optimizer in optimizers]
+    for key, value in tensors.items():
+        if not key.startswith("model."):
+            which, index, name = key.split(".", 2)
+            contents[int(which)]["state"].setdefault(int(index), {})[name] = value
+    for optimizer, content in zip(optimizers, contents):
+        optimizer.load_state_dict(content)
 
 
 # ---- warm-up under a prefix (Eq. 11) ------------------------------------------------------------------------------------
@@ -251,7 +422,7 @@ def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32
     total = ranks.total([sum(len(answer) for _, answer in rows)])[0]
     loss_sum = 0.0
     lengths = [len(prompt) + len(answer) + (0 if p is None else len(p)) for (prompt, answer), p in zip(rows, prefixes)]
-    for group in micro_batches(lengths, tokens_per_batch):
+    for group in ranks.level(micro_batches(lengths, tokens_per_batch)):
         with autocast(ranks.device, precision):
             logprobs, _ = completion_logprobs(model, [rows[i][0] for i in group], [rows[i][1] for i in group],
                                               [prefixes[i] for i in group], with_entropy=False)
@@ -274,11 +445,11 @@ def warmup(model, tokenizer, traces, palette, run, args):
         rows = run.ranks.own(random.Random(seed_of(args.seed, "sft batch", step)).choices(pairs, k=args.batch))
         prefixes, _ = palette.draw([seed_of(args.seed, "sft prefix", step, i) for i in run.ranks.own(range(args.batch))])
         loss_sum, tokens = lm_step(model, rows, prefixes, run.ranks, args.tokens_per_batch, args.precision)
-        norm = apply_gradients(model, [optimizer], run.ranks)
-        run.log("metrics", {"step": step + 1, "loss": run.ranks.total([loss_sum])[0] / tokens, "gradient_norm": norm,
+        lr, norm = set_learning_rate(optimizer, args, step), apply_gradients(model, [optimizer], run.ranks)
+        run.log("metrics", {"step": step + 1, "loss": run.ranks.total([loss_sum])[0] / tokens, "gradient_norm": norm, "lr": lr,
                             "answer_tokens": int(tokens), "seconds": round(time.time() - began, 3)})
         if args.save_every and (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            run.save(step + 1, model, tokenizer, [optimizer])
+            run.save(step + 1, model, [optimizer])
     run.finish(model, tokenizer)
 
 
@@ -367,7 +538,7 @@ def _pretrain(run, seed, steps, batch, length, save_every):
         run.log("metrics", {"step": step + 1, "loss": loss.item(), "gradient_norm": norm})
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % save_every == 0 and step + 1 < steps:
-            run.save(step + 1, model, tokenizer, optimizers)
+            run.save(step + 1, model, optimizers)
     leak = style_leak(model, tokenizer)
     run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
     print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
@@ -391,7 +562,7 @@ def style_leak(model, tokenizer, questions=512):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 # What does not change a run's result, and so may differ when it is resumed.
-NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save_every")
+NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save_every", "fsdp", "checkpointing")
 
 
 def parse_args(argv=None):
@@ -421,6 +592,8 @@ def parse_args(argv=None):
     args.out = args.out or ("runs/tiny/base" if args.stage == "pretrain" else
                             "runs/tiny/sft" + ("-none" if args.prefix == "none" else ""))
     require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
+    if args.lr_warmup < 0:
+        parser.error(f"--lr-warmup must be 0 or more, not {args.lr_warmup}")
     if args.model != "tiny" and not args.traces and args.stage == "warmup":
         parser.error("--traces is needed for a model other than tiny")
     return tiny_defaults(args)
@@ -429,7 +602,7 @@ def parse_args(argv=None):
 def main(argv=None):
     """Run the stage that the flags name; a finished run of the same settings is left as it is."""
     args = parse_args(argv)
-    ranks = Ranks.start(args.device)
+    ranks = Ranks.start(args.device, args.fsdp)
     if args.stage == "pretrain":
         run = pretrain(args.out, args.seed, args.steps, args.batch, resume=args.resume, overwrite=args.overwrite)
         return print(f"the tiny base is in {run.folder}/policy")
@@ -441,8 +614,8 @@ def main(argv=None):
     ranks.wait()
     vae = VAE.load(args.vae) if needs_vae else None
     traces = load_traces(args.traces, args.limit)
-    model, tokenizer = load_policy(args.model, ranks.device)
-    palette = Palette(vae, model.get_input_embeddings().weight.detach(), args.prefix, args.length)
+    model, tokenizer = load_trainable(args.model, ranks, args)
+    palette = Palette(vae, whole(model.get_input_embeddings().weight.detach()), args.prefix, args.length)
     config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
     run = Run(args.out, config, ranks, args.resume, args.overwrite)
     if not run.finished:
@@ -456,8 +629,13 @@ def add_machine_flags(parser, tokens_per_batch, save_every):
     group = parser.add_argument_group("machine and run folder")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forwards (default: fp32)")
+    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard weights, gradients and moments over the ranks")
+    group.add_argument("--checkpointing", action="store_true", help="keep layer inputs only, run layers again in backward")
     group.add_argument("--tokens-per-batch", type=int, default=tokens_per_batch, help="of a micro-batch (default: %(default)s)")
     group.add_argument("--save-every", type=int, default=save_every, help="steps between checkpoints (default: %(default)s)")
+    group.add_argument("--lr-schedule", choices=("constant", "linear", "cosine"), default="constant",
+                       help="the learning rate stays, or falls to 0 (default: constant)")
+    group.add_argument("--lr-warmup", type=int, default=0, help="steps over which the learning rate rises (default: 0)")
     group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
 

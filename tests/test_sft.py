@@ -115,7 +115,7 @@ def test_answers_carry_their_end_token_and_over_long_prompts_are_left_out(tokeni
 
 def warm_args(**changes):
     return SimpleNamespace(**{**dict(steps=5, batch=6, lr=1e-3, seed=0, prompt="auto", max_tokens=64, tokens_per_batch=512,
-                                     precision="fp32", save_every=2), **changes})
+                                     precision="fp32", save_every=2, lr_schedule="constant", lr_warmup=0), **changes})
 
 
 def warm(tmp_path, name, policy_folder, vae, traces, resume=False, stop_after=None):
@@ -156,12 +156,78 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, poli
         warm(tmp_path, "torn", policy_folder, vae, traces, stop_after=4)
     newest = sorted((tmp_path / "torn").glob("checkpoint-*"))[-1]
     assert newest.name == "checkpoint-000004"
-    (newest / "optimizer.safetensors").write_bytes(b"torn")
+    (newest / "tensors.safetensors").write_bytes(b"torn")
     resumed, metrics = warm(tmp_path, "torn", policy_folder, vae, traces, resume=True)
     assert "checkpoint-000004 cannot be read" in capsys.readouterr().out
     whole, expected = warm(tmp_path, "whole", policy_folder, vae, traces)
     assert metrics == expected
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_checkpoint_with_a_missing_or_short_file_is_refused(tmp_path, model):
+    """Each rank writes a file: with one of them gone, its rows would be read as zeros."""
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.save(1, model, [])
+    path = tmp_path / "r" / "checkpoint-000001" / "tensors.safetensors"
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="not as long as when they were saved"):
+        sft.read_checkpoint(path.parent, model, [])
+    path.write_bytes(path.with_name("elsewhere").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not as long as when they were saved"):
+        sft.read_checkpoint(path.parent, model, [])
+
+
+def best_steps(folder):
+    return {path.name: json.loads((path / "best.json").read_text())["step"] for path in folder.glob("best*")}
+
+
+def test_the_best_policy_is_kept_and_is_what_it_was_at_the_step_that_a_run_resumes_from(tmp_path, model, tokenizer):
+    """Scores by step; checkpoints after steps 2, 4, 6. The earliest of equals is kept, with its own weights."""
+    scores, run = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.6, 6: 0.7, 7: 0.9}, Run(tmp_path / "r", {}, ALONE)
+    weight = model.model.norm.weight
+    for step, score in scores.items():
+        weight.data.fill_(step)
+        run.keep_best(step, score, model, tokenizer)
+        if step % 2 == 0:
+            run.save(step, model, [])
+    assert best_steps(tmp_path / "r") == {"best": 7, "best-000006": 6, "best-000005": 5, "best-000002": 2}
+    for newest, best, score in ((6, 6, 0.7), (4, 2, 0.5)):              # checkpoint 4, after 6 has been found torn
+        again = Run(tmp_path / "r", {}, ALONE, resume=True)
+        assert again.restore(model, [])["step"] == newest
+        assert best_steps(tmp_path / "r")["best"] == best == again.best["step"] and again.best["score"] == score
+        loaded, _ = sft.load_policy(str(tmp_path / "r" / "best"))
+        assert loaded.model.norm.weight.unique().tolist() == [best]
+        (tmp_path / "r" / "checkpoint-000006" / "tensors.safetensors").write_bytes(b"torn")
+    again.keep_best(5, 0.5, model, tokenizer)
+    assert again.best["step"] == 2
+    again.finish(model, tokenizer)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["best", "config.json", "policy"]
+
+
+def test_checkpointing_runs_layers_again_and_changes_no_gradient(tmp_path, policy_folder, vae, traces):
+    """Our policies are in eval mode, in which transformers would silently ignore gradient checkpointing."""
+    found, calls = [], []
+    for checkpointing in (False, True):
+        model, tokenizer = sft.load_trainable(str(policy_folder), ALONE, warm_args(checkpointing=checkpointing))
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: calls.append(checkpointing))
+        rows = [answer_ids(trace, tokenizer, "auto", 64) for trace in traces[:8]]
+        lm_step(model, rows, [None] * 8, ALONE)
+        found.append(gradients(model))
+        assert not any(module.training for layer in model.model.layers for module in layer.modules() if module is not layer)
+    assert (calls.count(False), calls.count(True)) == (2, 4)
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-6, rtol=1e-6, msg=name)
+
+
+def test_the_learning_rate_is_a_function_of_the_step_alone():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    rate = lambda step, schedule, warmup: sft.set_learning_rate(optimizer, warm_args(steps=8, lr=2.0, lr_schedule=schedule,
+                                                                                     lr_warmup=warmup), step)
+    assert [rate(step, "constant", 3) for step in (0, 1, 3, 7)] == [0.5, 1.0, 2.0, 2.0]
+    assert [rate(step, "linear", 0) for step in (0, 4, 6)] == [2.0, 1.0, 0.5]
+    assert [rate(step, "cosine", 0) for step in (0, 4, 6)] == pytest.approx([2.0, 1.0, 1 - 0.5 ** 0.5])
+    assert optimizer.param_groups[0]["lr"] == rate(6, "cosine", 0)
 
 
 def test_run_folders_refuse_other_settings_and_unfinished_runs(tmp_path, model, tokenizer):
@@ -179,7 +245,7 @@ def test_run_folders_refuse_other_settings_and_unfinished_runs(tmp_path, model, 
 
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, model, tokenizer):
     run = Run(tmp_path / "r", {"lr": 1.0}, ALONE)
-    run.save(1, model, tokenizer, [])
+    run.save(1, model, [])
     run.log("metrics", {"step": 1})
     (tmp_path / "r" / "mine.txt").write_text("precious")
     Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
@@ -189,13 +255,18 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, model, to
 def test_a_torn_last_line_is_dropped_on_resume(tmp_path, model, tokenizer):
     run = Run(tmp_path / "r", {}, ALONE)
     run.log("metrics", {"step": 1}, {"step": 2})
-    run.save(2, model, tokenizer, [])
+    run.save(2, model, [])
     with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "completion": "\\boxed{5}')
     (tmp_path / "r" / "traces.jsonl").write_text('{"question": "not a metric"}\n')
     assert run.restore(model, [])["step"] == 2
     assert (tmp_path / "r" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert (tmp_path / "r" / "traces.jsonl").read_text() == '{"question": "not a metric"}\n'
+
+
+def test_fsdp_without_ranks_is_refused():
+    with pytest.raises(ValueError, match="--fsdp shards over several ranks: start them with torchrun"):
+        Ranks.start("cpu", fsdp=True)
 
 
 def test_an_unusable_device_is_one_sentence():
@@ -205,17 +276,17 @@ def test_an_unusable_device_is_one_sentence():
 
 def test_a_save_that_fails_leaves_the_old_one_and_no_debris(tmp_path, model, tokenizer, monkeypatch):
     run = Run(tmp_path / "r", {}, ALONE)
-    run.save(1, model, tokenizer, [])
+    run.save(1, model, [])
     monkeypatch.setattr(sft, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
-        run.save(2, model, tokenizer, [])
+        run.save(2, model, [])
     assert [path.name for path in (tmp_path / "r").iterdir() if path.is_dir()] == ["checkpoint-000001"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, model, tokenizer):
     run = Run(tmp_path / "r", {}, ALONE, keep=2)
     for step in (1, 2, 3):
-        run.save(step, model, tokenizer, [])
+        run.save(step, model, [])
     assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
 
 
