@@ -1,33 +1,51 @@
-"""Measuring what latents do: pass@k of several arms at an equal budget of samples, with controls, and the pictures.
+"""Measuring what latents do: pass@k of several arms at an equal budget of samples, with controls, intervals and pictures.
 
 An arm is a way to get n different answers to a question: sampling tokens, or greedy decoding under n different prefixes,
-or both. The controls say where a gain comes from: `noise` is a random prefix with the norm of real tokens, `gauss` a prefix
-from a Gaussian fitted to mean-pooled embeddings, without any VAE. pass@k is the unbiased estimator of Chen et al. 2021.
+or both. Is a gain really from the latent? The controls tell:
+  noise     a random prefix with the norm of real tokens: would any disturbance do?
+  gauss     a prefix from a Gaussian fitted to mean-pooled embeddings: is the VAE needed?
+  shuffled  latents of the domains with the entries of each z in random order: does the place in latent space matter? They keep
+            the length and entries of z and lose the domain, so `follows` must fall to chance. (Our choice. z is drawn
+            independently of the question, so dealing the latents out to other questions would change nothing.)
+pass@k is the unbiased estimator of Chen et al. 2021; differences to a reference arm carry a paired bootstrap interval.
 
-Departs from the paper: it evaluates each arm on its own benchmark and model; here all arms see the same questions, the same
-policy and the same number of samples, and the standard error over questions stands beside each figure.
+Departs from the paper: it evaluates each arm on its own benchmark and model and gives no intervals; here all arms see the same
+questions, the same policy and the same number of samples.
 
 Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out):
     python evaluate.py                                               # the tiny base model (made where it is missing)
-    python evaluate.py --model runs/tiny/sft                         # the same after the warm-up of `python grpo.py`
-    python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k --questions 64 --samples 8
+    python evaluate.py --model runs/tiny/sft --analyse               # after the warm-up; where in latent space it is right
+    python evaluate.py --model runs/tiny/sft --sweep length=1,2,4,8 beta=0.5,1,4 temperature=0.5,1 --out runs/tiny/sweep
+    python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k math --questions 64 --samples 8
+    python evaluate.py --rescore --out runs/tiny/evaluation          # judge the stored answers again: no model is loaded
     python evaluate.py --curves runs/tiny/grpo-*                     # only draw the learning curves of runs
+    python evaluate.py --reproduce                                   # the paper's figures and tables in miniature: one page
 """
 import argparse
+import base64
+import copy
+import html
 import json
 import math
 import os
 import platform
+import shlex
+import subprocess
+import sys
 import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import vae as vae_stage
 from prefix import Decoder, Palette, Sampling, end_ids, load_policy, texts_of
-from rewards import PROMPT_STYLES, load_task, prompt_ids, stop_strings
+from rewards import PROMPT_STYLES, STYLES, answers_equal, load_task, prompt_ids, stop_strings
 from sft import Ranks, seed_of
-from vae import find_model, find_vae, require_positive, run_main, write_text
+from vae import VAE, find_model, find_vae, pca, require_positive, run_main, write_text
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
 
@@ -42,32 +60,83 @@ def pass_at_k(n, correct, k):
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def mean_and_error(values):
-    """Mean of a list and its standard error over questions (0 for a single one)."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+def vote(answers):
+    """Groups equal answers (the verifier's equality; None is no answer): [(answer, votes)], most votes first."""
+    groups = []
+    for answer in answers:
+        group = next((g for g in groups if answers_equal(answer, g[0]) is True), None) if answer is not None else []
+        if group:
+            group[1] += 1
+        elif group is None:
+            groups.append([answer, 1])
+    return sorted(map(tuple, groups), key=lambda group: -group[1])
+
+
+def majority(answers, gold):
+    """maj@n: 1.0 if the answer with most votes is right. A tie counts as the share of its answers that are right: what a fair
+    draw between them would give on average, without the draw."""
+    groups = vote(answers)
+    best = [answer for answer, votes in groups if votes == groups[0][1]]
+    return sum(answers_equal(answer, gold) is True for answer in best) / len(best) if best else 0.0
+
+
+def mean_and_error(*benchmarks):
+    """Mean over benchmarks of the mean over questions, and its standard error. benchmarks: lists, one value a question."""
+    values = [torch.tensor(benchmark, dtype=torch.float64) for benchmark in benchmarks]
+    variance = sum((v.var() / len(v)).item() for v in values if len(v) > 1)
+    return sum(v.mean().item() for v in values) / len(values), math.sqrt(variance) / len(values)
+
+
+def bootstrap(*benchmarks, resamples=2000, seed=0):
+    """(mean, low, high): mean_and_error's mean with its 95% percentile interval over questions drawn with replacement.
+
+    Of differences between two arms, question by question, this is the paired bootstrap: what makes a question hard for both
+    arms cancels. Questions are drawn within their benchmark.
+    """
+    generator, means = torch.Generator().manual_seed(seed), 0.0
+    for benchmark in benchmarks:
+        values = torch.tensor(benchmark, dtype=torch.float64)                                       # [Q]
+        picks = torch.randint(len(values), (resamples, len(values)), generator=generator)           # [resamples, Q]
+        means = means + values[picks].mean(1) / len(benchmarks)                                     # [resamples]
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return mean_and_error(*benchmarks)[0], low, high
 
 
 # ---- answering questions ------------------------------------------------------------------------------------------------
+
+Lab = namedtuple("Lab", "decoder tokenizer table vae")          # what every arm needs of the model; table: E [V, d]
+
+
+def judged(task, text, gold, finish):
+    """What is kept of a completion's judgement: the rewards by name, the answer found in it, and its style if the task knows."""
+    return {**task.judge(text, gold, finish), "answer": task.extract(text, finish),
+            **({"style": task.style(text)} if task.style else {})}
+
+
+def prefix_seed(seed, question, number):
+    """The seed of a sample's prefix: Palette.draw([it]) rebuilds the prefix and its z, so samples.jsonl need not hold them."""
+    return seed_of(seed, "prefix", question, number)
+
 
 def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, prompt_style="auto", progress=None):
     """`samples` judged answers to each of `rows`, each under a prefix of its own if a palette is given.
 
     Seeds depend on the question's text and the sample's number alone, so neither the order of the questions nor a split over
-    ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, sample, completion, the
-    task's rewards by name, finish, tokens, and style where the task names styles.
+    ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, family where the row names
+    one, domain where the latent comes from one, sample, completion, what `judged` keeps, finish, tokens.
     """
-    jobs = [(row, s) for row in rows for s in range(samples)]
-    numbers = [number for number in range(len(rows)) for _ in range(samples)]
+    jobs = [(number, row, s) for number, row in enumerate(rows) for s in range(samples)]
     prompts = {row["question"]: prompt_ids(row["question"], tokenizer, task.instruction, prompt_style) for row in rows}
-    prefixes = palette and palette.draw([seed_of(seed, "prefix", row["question"], s) for row, s in jobs])[0]
-    completions = decoder.generate([prompts[row["question"]] for row, _ in jobs], prefixes, sampling,
-                                   [seed_of(seed, "token", row["question"], s) for row, s in jobs], progress)
+    seeds = [prefix_seed(seed, row["question"], s) for _, row, s in jobs]
+    completions = decoder.generate([prompts[row["question"]] for _, row, _ in jobs], palette and palette.draw(seeds)[0], sampling,
+                                   [seed_of(seed, "token", row["question"], s) for _, row, s in jobs], progress)
     completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, prompt_style))
-    return [{"row": number, "question": row["question"], "gold": row["answer"], "sample": s, "completion": text,
-             **task.judge(text, row["answer"], completion.finish), "finish": completion.finish, "tokens": len(completion.ids),
-             **({"style": task.style(text)} if task.style else {})}
-            for number, (row, s), completion, text in zip(numbers, jobs, completions, texts)]
+    domains = [palette and palette.domain_of(seed) for seed in seeds]
+    return [{"row": number, "question": row["question"], "gold": row["answer"],
+             **({"family": row["family"]} if "family" in row else {}), **({"domain": domain} if domain else {}), "sample": s,
+             "completion": text, **judged(task, text, row["answer"], completion.finish), "finish": completion.finish,
+             "tokens": len(completion.ids)}
+            for (number, row, s), domain, completion, text in zip(jobs, domains, completions, texts)]
 
 
 def greedy_accuracy(decoder, tokenizer, task, args, ranks):
@@ -79,10 +148,11 @@ def greedy_accuracy(decoder, tokenizer, task, args, ranks):
 
 
 def arms_of(names, domains, temperature, with_vae=True):
-    """{arm: (prefix source, temperature)}; names: "all", or some of them. Without a VAE three arms remain."""
-    arms = {"greedy": ("none", 0.0), "sampling": ("none", temperature), "noise": ("noise", 0.0), "gauss": ("gauss", 0.0),
-            "latent": ("prior", 0.0), "latent + sampling": ("prior", temperature)}
-    arms.update({domain: (domain, 0.0) for domain in domains})
+    """{arm: (prefix source, temperature)}; names: "all", or some of them. Without a VAE four arms remain."""
+    sources = {"noise": "noise", "gauss": "gauss", "shuffled": "shuffled", "latent": "prior"}
+    arms = {"greedy": ("none", 0.0), "sampling": ("none", temperature), **{name: (s, 0.0) for name, s in sources.items()},
+            **{f"{name} + sampling": (s, temperature) for name, s in sources.items() if name != "shuffled"},
+            **{domain: (domain, 0.0) for domain in domains}}
     arms = {name: arm for name, arm in arms.items() if with_vae or arm[0] in ("none", "noise")}
     if names == ["all"]:
         return arms
@@ -92,101 +162,213 @@ def arms_of(names, domains, temperature, with_vae=True):
     return {name: arms[name] for name in names}
 
 
-def finished_arms(args, out, questions):
-    """{arm: samples} that an interrupted evaluation of the same settings left in `out`; without --resume it starts anew."""
-    path, config = out / "samples.jsonl", out / "config.json"
-    free = ("resume", "device", "slots", "arms", "out", "curves")        # may differ
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    results = {}
-    if args.resume and config.is_file() and path.is_file():
-        before = json.loads(config.read_text())
+# What decides an answer; the other flags may differ when an evaluation is resumed.
+SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples", "length", "independent", "temperature", "top_p",
+            "max_new_tokens", "dtype", "seed")
+
+
+def read_samples(out):
+    """{benchmark: {arm: samples}} of samples.jsonl in the folder `out`; a torn last line, without end of line, is left out."""
+    path, results = Path(out) / "samples.jsonl", {}
+    for line in path.read_text().split("\n")[:-1] if path.is_file() else ():
+        sample = json.loads(line)
+        results.setdefault(sample.pop("benchmark"), {}).setdefault(sample.pop("arm"), []).append(sample)
+    return results
+
+
+def write_samples(out, results, add=False):
+    """Replace samples.jsonl by `results` in one step, or add them at its end."""
+    text = "".join(json.dumps({"benchmark": name, "arm": arm, **sample}) + "\n"
+                   for name, arms in results.items() for arm, samples in arms.items() for sample in samples)
+    if not add:
+        return write_text(Path(out) / "samples.jsonl", text)
+    with open(Path(out) / "samples.jsonl", "a") as file:
+        file.write(text)
+
+
+def finished_arms(args, tasks):
+    """The complete arms that an interrupted evaluation of the same settings left in --out; without --resume it starts anew."""
+    out, settings, results = Path(args.out), {name: getattr(args, name) for name in SETTINGS}, {}
+    out.mkdir(parents=True, exist_ok=True)
+    if args.resume and (out / "config.json").is_file():
+        before = json.loads((out / "config.json").read_text())
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
             raise ValueError(f"{out} holds an evaluation with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
                              f"{settings[changed[0]]!r}): choose another --out, or leave out --resume to start anew")
-        for line in path.read_text().split("\n")[:-1]:              # a torn last line has no end of line
-            sample = json.loads(line)
-            results.setdefault(sample.pop("arm"), []).append(sample)
-        full = {name: questions * (1 if name == "greedy" else args.samples) for name in results}
-        results = {name: samples for name, samples in results.items() if len(samples) == full[name]}
-    write_text(path, "".join(json.dumps({"arm": name, **s}) + "\n" for name, samples in results.items() for s in samples))
-    write_text(config, json.dumps(settings, indent=1))
+        questions = {task.name: len(task.test[:args.questions]) for task in tasks}
+        results = {name: {arm: samples for arm, samples in arms.items() if len(samples) == questions[name] *
+                          (1 if arm == "greedy" else args.samples)} for name, arms in read_samples(out).items()}
+    write_samples(out, results)
+    write_text(out / "config.json", json.dumps(settings, indent=1))
     return results
 
 
-def run_arms(model, tokenizer, task, vae, args):
-    """Answer --questions test rows in every arm, adding each arm's samples to samples.jsonl. Returns {arm: samples}."""
-    rows = task.test[:args.questions]
-    if not rows:
-        raise ValueError(f"the task '{task.name}' has no test rows: give --test-data")
-    decoder, table = Decoder(model, end_ids(model, tokenizer), args.slots), model.get_input_embeddings().weight.detach()
+def run_arms(lab, tasks, args):
+    """Answer --questions test rows of every task in every arm, adding each to samples.jsonl. Returns {benchmark: {arm: samples}}."""
+    for task in tasks:
+        if not task.test:
+            raise ValueError(f"the task '{task.name}' has no test rows: give --test-data {task.name}=FILE")
     plan = {}                                               # all arms are set up before the first one runs: errors come early
-    for name, (source, temperature) in arms_of(args.arms, vae.domains if vae else (), args.temperature, vae is not None).items():
-        palette = Palette(vae, table, source, args.length, not args.independent) if source != "none" else None
+    for arm, (source, temperature) in arms_of(args.arms, lab.vae.domains if lab.vae else (), args.temperature,
+                                              lab.vae is not None).items():
+        palette = Palette(lab.vae, lab.table, source, args.length, not args.independent) if source != "none" else None
         sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
-        plan[name] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
-    with tqdm(total=len(rows) * sum(samples for _, _, samples in plan.values()), desc="evaluate", unit="answer") as bar:
-        results = finished_arms(args, Path(args.out), len(rows))
-        for name, (palette, sampling, samples) in plan.items():
-            bar.set_postfix_str(name)
-            if name in results:
-                bar.update(len(results[name]))
+        plan[arm] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
+    total = sum(len(task.test[:args.questions]) for task in tasks) * sum(samples for _, _, samples in plan.values())
+    results = finished_arms(args, tasks)
+    with tqdm(total=total, desc="evaluate", unit="answer") as bar:
+        for task, (arm, (palette, sampling, samples)) in ((task, item) for task in tasks for item in plan.items()):
+            bar.set_postfix_str(f"{task.name}, {arm}")
+            known = results.setdefault(task.name, {})
+            if arm in known:
+                bar.update(len(known[arm]))
                 continue
-            results[name] = answer(decoder, tokenizer, task, rows, palette, sampling, samples, args.seed, args.prompt, bar.update)
-            with open(Path(args.out) / "samples.jsonl", "a") as file:
-                file.write("".join(json.dumps({"arm": name, **sample}) + "\n" for sample in results[name]))
-    return {name: results[name] for name in plan}
+            known[arm] = answer(lab.decoder, lab.tokenizer, task, task.test[:args.questions], palette, sampling, samples, args.seed,
+                                args.prompt, bar.update)
+            write_samples(args.out, {task.name: {arm: known[arm]}}, add=True)
+    return {task.name: {arm: results[task.name][arm] for arm in plan} for task in tasks}
 
+
+# ---- from answers to figures and tables ---------------------------------------------------------------------------------
 
 def score(samples, ks):
-    """The figures of one arm from its samples: {"pass@k": (mean, standard error), "answered": share, ...}.
+    """One arm on one benchmark, question by question: {metric: [a value a question]}, the questions in the order of their rows.
 
-    Greedy without prefix has one sample a question; more would be the same, so its pass@k is its pass@1.
+    pass@k; majority (maj@n); answers: how many different ones; answered, undecided, style ...: shares; follows: the share whose
+    style is the domain its latent comes from; tokens: mean length; samples: n. Greedy without prefix has one sample a question;
+    more would be the same, so its pass@k is its pass@1.
     """
-    by_question = {}
+    questions, columns = {}, {}
     for sample in samples:
-        by_question.setdefault(sample["row"], []).append(sample)
-    row = {}
-    correct = [(len(group), int(sum(s["accuracy"] for s in group))) for group in by_question.values()]
-    for k in ks:
-        row[f"pass@{k}"] = mean_and_error([pass_at_k(n, right, k if n > 1 else 1) for n, right in correct])
-    row["answered"] = sum(s["answered"] for s in samples) / len(samples)
-    row["tokens"] = sum(s["tokens"] for s in samples) / len(samples)
-    row["distinct"] = sum(len({s["completion"] for s in group}) / len(group) for group in by_question.values()) / len(by_question)
-    row["samples"] = len(samples) // len(by_question)
-    if "style" in samples[0]:
-        row["styles"] = {style: sum(s["style"] == style for s in samples) / len(samples) for style in ("math", "code", "qa")}
-    return row
+        questions.setdefault(sample["row"], []).append(sample)
+    for _, group in sorted(questions.items()):
+        n, right, answers = len(group), int(sum(s["accuracy"] for s in group)), [s["answer"] for s in group]
+        row = {**{f"pass@{k}": pass_at_k(n, right, k if n > 1 else 1) for k in ks},
+               "majority": majority(answers, group[0]["gold"]), "answers": len(vote(answers)), "samples": n,
+               **{name: sum(s[name] for s in group) / n for name in ("answered", "undecided", "tokens")}}
+        if "style" in group[0]:
+            row.update({f"style {style}": sum(s["style"] == style for s in group) / n for style in STYLES})
+            row.update({"follows": sum(s["style"] == s["domain"] for s in group) / n} if "domain" in group[0] else {})
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return columns
 
 
-def markdown(figures, ks):
-    """The arms as a Markdown table."""
-    styles = any("styles" in row for row in figures.values())
-    head = ["arm", *(f"pass@{k}" for k in ks), "answered", "tokens", "distinct", *(["math / code / qa style"] if styles else [])]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, row in figures.items():
-        cells = [name, *("{:.3f} ± {:.3f}".format(*row[f"pass@{k}"]) for k in ks), f"{row['answered']:.2f}",
-                 f"{row['tokens']:.1f}", f"{row['distinct']:.2f}"]
-        cells += [" / ".join(f"{share:.2f}" for share in row["styles"].values())] if styles else []
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def figures_of(scores, against):
+    """scores: {arm: [its `score` on each benchmark]} -> {arm: {metric: (mean, standard error), ..., "difference": {...}}}.
+
+    Benchmarks weigh the same, however many questions they have, as in the paper's Table 3. difference: {metric: bootstrap} to the
+    arm `against`, paired by question, where that arm is there.
+    """
+    figures = {}
+    for arm, benchmarks in scores.items():
+        metrics = [name for name in benchmarks[0] if all(name in benchmark for benchmark in benchmarks)]
+        figures[arm] = {name: mean_and_error(*(benchmark[name] for benchmark in benchmarks)) for name in metrics}
+        if against in scores and arm != against:
+            pairs = list(zip(benchmarks, scores[against]))
+            figures[arm]["difference"] = {name: bootstrap(*([x - y for x, y in zip(a[name], b[name])] for a, b in pairs))
+                                          for name in metrics if name.startswith("pass@") or name == "majority"}
+    return figures
+
+
+def all_figures(results, ks, against="sampling"):
+    """{benchmark: figures_of}, of each of its families too ("tiny/list"), and "average" where there are several benchmarks."""
+    figures, scores = {}, {}
+    for name, arms in results.items():
+        families = dict.fromkeys(s["family"] for samples in arms.values() for s in samples if "family" in s)
+        scores[name] = {arm: score(samples, ks) for arm, samples in arms.items()}
+        figures[name] = figures_of({arm: [columns] for arm, columns in scores[name].items()}, against)
+        for family in families:
+            own = {arm: [score([s for s in samples if s["family"] == family], ks)] for arm, samples in arms.items()}
+            figures[f"{name}/{family}"] = figures_of(own, against)
+    if len(results) > 1:
+        first = next(iter(scores.values()))
+        figures["average"] = figures_of({arm: [benchmark[arm] for benchmark in scores.values()] for arm in first}, against)
+    return figures
+
+
+def powers(n):
+    """1, 2, 4, ... up to n, and n itself."""
+    return sorted({2 ** i for i in range(n.bit_length())} | {n})
+
+
+def signed(difference):
+    """A difference with its interval as text."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if difference else ""
+
+
+def arms_table(figures, against, compare="pass@8"):
+    """Rows of text, the head first: a few of each arm's figures, and the difference to the reference arm in `compare`."""
+    first = next(iter(figures.values()))
+    ks = [int(name[5:]) for name in first if name.startswith("pass@")]
+    compare = compare if compare in first else f"pass@{max(ks)}"
+    shown = [f"pass@{k}" for k in ks if k in (1, 8, max(ks))]
+    styled, follows = "style math" in first, any("follows" in row for row in figures.values())
+    rows = [["arm", *shown, f"{compare} against {against} [95%]", "majority", "answers", "tokens", "no answer", "undecided",
+             *([f"style {' / '.join(STYLES)}"] if styled else []), *(["follows domain"] if follows else [])]]
+    for arm, row in figures.items():
+        value = lambda name, digits: f"{row[name][0]:.{digits}f}"
+        rows.append([arm, *(value(name, 3) for name in shown), signed(row.get("difference", {}).get(compare)), value("majority", 3),
+                     value("answers", 1), value("tokens", 1), f"{1 - row['answered'][0]:.2f}", value("undecided", 2),
+                     *([" / ".join(value(f"style {style}", 2) for style in STYLES)] if styled else []),
+                     *([value("follows", 2) if "follows" in row else ""] if follows else [])])
+    return rows
+
+
+def markdown(rows):
+    """A table (rows of text, the head first) as Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def save_results(args, results, note):
+    """Score the samples and write results.json, results.md and the pictures. Returns {benchmark: {arm: figures}}."""
+    out, figures = Path(args.out), all_figures(results, powers(args.samples), args.against)
+    main_figures = figures.get("average", figures[next(iter(results))])
+    write_text(out / "results.json", json.dumps({"note": note, "arms": main_figures, "benchmarks": figures}, indent=1))
+    shown = {name: rows for name, rows in figures.items() if name in results or name == "average"}
+    tables = [(f"{name}\n\n" if len(shown) > 1 else "") + markdown(arms_table(rows, args.against)) for name, rows in shown.items()]
+    text = "\n\n".join([*tables, note])
+    write_text(out / "results.md", text + "\n")
+    pictures = [draw_pass_at_k(rows, out / f"pass_at_k{'' if len(shown) == 1 else '-' + name}.png") for name, rows in shown.items()]
+    print(f"\n{text}\nsaved {out}" + "".join(f", picture {picture}" for picture in pictures if picture))
+    return figures
+
+
+def rescore(args):
+    """--rescore: judge the stored completions with today's rewards.py; every table and picture follows. Loads no model."""
+    out = Path(args.out)
+    if not (out / "config.json").is_file() or not (out / "samples.jsonl").is_file():
+        raise ValueError(f"no evaluation in {out}: --rescore needs the --out of an earlier one")
+    vars(args).update(json.loads((out / "config.json").read_text()))
+    results = read_samples(out)
+    for name, arms in results.items():
+        task = load_task(name, splits=())
+        for sample in (sample for samples in arms.values() for sample in samples):
+            sample.update(judged(task, sample["completion"], sample["gold"], sample["finish"]))
+    write_samples(out, results)
+    before = json.loads((out / "results.json").read_text())["note"] if (out / "results.json").is_file() else ""
+    return save_results(args, results, before.split("; judged again")[0] + f"; judged again {date.today()}")
+
+
+def rl_figures(folders):
+    """Greedy pass@1 without prefix over finished runs that differ in the seed: {start, end: by seed, mean, std}."""
+    curves = [[json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()] for path in folders]
+    points = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
+    ends = torch.tensor([ends[-1] for ends in points])
+    return {"start": points[0][0], "end": ends.tolist(), "mean": ends.mean().item(), "std": ends.std().item() if len(ends) > 1 else 0.0}
 
 
 def rl_table(root, name, folders):
     """The final accuracies of finished runs as Markdown: mean and spread over seeds for every schedule."""
-    lines = ["| schedule | greedy pass@1 without prefix: start | end, by seed | mean | spread (std) |", "|---|---|---|---|---|"]
-    table = {}
-    for schedule, paths in folders.items():
-        curves = [[json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in paths]
-        ends = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
-        final = torch.tensor([end[-1] for end in ends])
-        spread = final.std().item() if len(final) > 1 else 0.0
-        table[schedule] = {"start": ends[0][0], "end": final.tolist(), "mean": final.mean().item(), "std": spread}
-        lines.append(f"| {name} {schedule} | {ends[0][0]:.3f} | {', '.join(f'{x:.3f}' for x in final.tolist())} "
-                     f"| {final.mean():.3f} | {spread:.3f} |")
+    table = {schedule: rl_figures(paths) for schedule, paths in folders.items()}
+    rows = [["schedule", "greedy pass@1 without prefix: start", "end, by seed", "mean", "spread (std)"]]
+    rows += [[f"{name} {schedule}", f"{row['start']:.3f}", ", ".join(f"{end:.3f}" for end in row["end"]), f"{row['mean']:.3f}",
+              f"{row['std']:.3f}"] for schedule, row in table.items()]
     write_text(root / f"{name}.json", json.dumps(table, indent=1))
-    write_text(root / f"{name}.md", "\n".join(lines) + "\n")
-    return "\n".join(lines)
+    write_text(root / f"{name}.md", markdown(rows) + "\n")
+    return markdown(rows)
 
 
 def hardware(device):
@@ -195,7 +377,103 @@ def hardware(device):
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+# ---- sweeps, and where in latent space the right answers are ------------------------------------------------------------
+
+def sweep(lab, tasks, args, note):
+    """--sweep: the arms along one axis at a time, all else as the flags say; each point is an evaluation of its own under --out.
+
+    Axes: length, temperature, top_p, and beta, for which a VAE like --vae, but for its beta, is trained into OUT/vae-beta-X.
+    """
+    out, points = Path(args.out), {}
+    for axis, values in args.sweep.items():
+        for value in values:
+            point, vae = copy.copy(args), lab.vae
+            point.out = str(out / f"{axis}-{value:g}")
+            if axis == "beta":
+                vae, point.vae = vae_with(args.vae, out / f"vae-beta-{value:g}", beta=value), str(out / f"vae-beta-{value:g}")
+            else:
+                setattr(point, axis, value)
+            figures = all_figures(run_arms(lab._replace(vae=vae), tasks, point), powers(args.samples), args.against)
+            points.setdefault(axis, {})[value] = figures.get("average", figures[tasks[0].name])
+    rows = []
+    for axis, values in points.items():
+        for value, figures in values.items():
+            head, *body = arms_table(figures, args.against)
+            rows = rows or [["axis", "value", *head]]
+            rows += [[axis, f"{value:g}", *row] for row in body]
+    write_text(out / "sweep.json", json.dumps({"note": note(), "points": points, "table": rows}, indent=1))
+    write_text(out / "sweep.md", f"{markdown(rows)}\n\n{note()}\n")
+    print(f"\n{markdown(rows)}\n\n{note()}\nsaved {out}, picture {draw_sweep(points, out / 'sweep.png')}")
+
+
+def vae_with(folder, out, **changed):
+    """A VAE trained with the settings of the one in `folder`, but for those `changed`, kept in `out`."""
+    settings = json.loads((Path(folder) / "config.json").read_text()).get("settings")
+    if not settings:
+        raise ValueError(f"{folder} does not say how it was trained: a sweep over beta needs a VAE made by vae.py")
+    flags = [(f"--{name}", value if isinstance(value, list) else [value]) for name, value in {**settings, **changed}.items()]
+    vae_stage.main([*(str(word) for flag, values in flags for word in (flag, *values)), "--out", str(out)])
+    return VAE.load(out)
+
+
+def analyse(lab, tasks, args, results):
+    """--analyse: which region of latent space answers which questions, and does sampling z there help on *other* questions?
+
+    Of each benchmark, or family where its questions have one, every other question is kept aside. The z of the arm `latent`
+    and whether each answer was right, on the rest, give a Gaussian of right z and the z whose neighbours in latent space were
+    right most often. Both then answer the questions kept aside, against the prior and the domain that was best on the rest.
+    """
+    table, maps = [], {}
+    arm = Palette(lab.vae, lab.table, "prior", args.length)
+    for task in tasks:
+        rows = task.test[:args.questions]
+        for family in dict.fromkeys(row.get("family") for row in rows):
+            name = f"{task.name}/{family}" if family else task.name
+            own = [number for number, row in enumerate(rows) if row.get("family") == family]
+            seen, kept = own[::2], own[1::2]
+            pick = lambda arm, numbers: [s for s in results[task.name].get(arm, ()) if s["row"] in set(numbers)]
+            z = torch.cat(arm.draw([prefix_seed(args.seed, s["question"], s["sample"]) for s in pick("latent", seen)])[1])  # [N, k]
+            right = torch.tensor([s["accuracy"] for s in pick("latent", seen)])                                            # [N]
+            smooth = neighbourhood_mean(z, right)
+            maps[name] = z, smooth
+            domain = max(lab.vae.domains, key=lambda d: sum(s["accuracy"] for s in pick(d, seen)))
+            ask = lambda palette, n: answer(lab.decoder, lab.tokenizer, task, [rows[i] for i in kept], palette, Sampling(
+                0.0, max_new_tokens=args.max_new_tokens), n, args.seed, args.prompt)
+            found = Palette(vae_of_right(lab.vae, z[right == 1]), lab.table, "right answers", args.length)
+            best = Palette(lab.vae, lab.table, "prior", args.length, z=z[smooth.argmax()])
+            sources = {"latent": pick("latent", kept), f"domain {domain}": pick(domain, kept), "right answers": ask(found, args.samples),
+                       "best latent, one sample": ask(best, 1)}
+            figures = figures_of({source: [score(samples, powers(args.samples))] for source, samples in sources.items() if samples}, "latent")
+            head, *body = arms_table(figures, "latent", "pass@1")
+            table = table or [["questions kept aside", *head]]
+            table += [[f"{name} ({len(kept)})", *row] for row in body]
+    out = Path(args.out)
+    write_text(out / "analysis.json", json.dumps({"table": table}, indent=1))
+    write_text(out / "analysis.md", markdown(table) + "\n")
+    print(f"\n{markdown(table)}\npicture {draw_reward_map(lab.vae, maps, out / 'reward_map.png')}")
+
+
+def neighbourhood_mean(z, values, neighbours=32):
+    """Mean of values [N] over the nearest latents of each z [N, k], itself among them: [N]."""
+    near = torch.cdist(z, z).topk(min(neighbours, len(z)), largest=False).indices                  # [N, neighbours]
+    return values[near].mean(1)
+
+
+def vae_of_right(vae, z):
+    """The VAE with one domain, "right answers": a Gaussian over z [N, k], shrunk towards the prior by k pseudo-counts (our choice)."""
+    found, k = copy.deepcopy(vae), vae.latent
+    mean = z.sum(0) / (len(z) + k)
+    centred = z - mean
+    covariance = (centred.T @ centred + k * torch.eye(k)) / (len(z) + k)
+    found.domains, found.domain_mean = ["right answers"], mean[None]
+    found.domain_factor = torch.linalg.cholesky(covariance).T[None]                                # eps @ A ~ N(0, A^T A)
+    return found
+
+
 # ---- pictures -----------------------------------------------------------------------------------------------------------
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's, for every eye
+
 
 def pyplot():
     """matplotlib's pyplot without a screen, or None with a line on how to get it."""
@@ -203,64 +481,290 @@ def pyplot():
         import matplotlib
         matplotlib.use("Agg")
         from matplotlib import pyplot
+        pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True, "savefig.dpi": 120,
+                                "axes.prop_cycle": pyplot.cycler(color=COLOURS)})
         return pyplot
     except ImportError:
         print('no pictures: matplotlib is missing (pip install -e ".[plots]")')
 
 
-def draw_pass_at_k(results, path):
-    """pass@k over k for every arm with more than one sample a question; greedy as a level line."""
+def save_picture(figure, path):
+    figure.savefig(path)
+    pyplot().close(figure)
+    return path
+
+
+def draw_pass_at_k(figures, path):
+    """pass@k over k for every arm; greedy, with its one sample, as a level line. Arms without a latent are dashed."""
     plt = pyplot()
     if plt is None:
         return None
-    figure, axis = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    dashed = {"greedy", "sampling", "noise", "gauss"}               # without a latent: what the others are held against
-    budget = max(score(samples, [1])["samples"] for samples in results.values())
-    for name, samples in results.items():
-        most = score(samples, [1])["samples"]
-        ks = [2 ** i for i in range(most.bit_length())] if most > 1 else [1, budget]
-        figures = score(samples, ks)
-        axis.plot(ks, [figures[f"pass@{k}"][0] for k in ks], "--" if name in dashed else "-", marker="o" if most > 1 else None,
-                  markersize=3, label=name)
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    for i, (arm, row) in enumerate(figures.items()):
+        points = {int(name[5:]): value[0] for name, value in row.items() if name.startswith("pass@")}
+        control = arm.split(" + ")[0] in ("greedy", "sampling", "noise", "gauss", "shuffled")
+        axis.plot(*zip(*points.items()), "--" if control else "-", marker=None if arm == "greedy" else "osD^v"[i % 5],
+                  color=COLOURS[i % len(COLOURS)], markersize=4, label=arm)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
     axis.set(xlabel="k (samples a question)", ylabel="pass@k", ylim=(0, 1.02))
-    axis.legend(fontsize=8, ncols=2)
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    figure.legend(loc="outside right center", fontsize=9)
+    return save_picture(figure, path)
 
 
-def draw_curves(folders, path):
-    """Learning curves of RL runs: reward of guided and unguided rollouts (running mean of 5 steps), and greedy accuracy without
-
-    prefix. One colour for each schedule (the folder's name up to its seed), one line a seed.
-    """
+def draw_sweep(points, path):
+    """One panel an axis: pass@8 (or the largest k there is, if smaller) of each arm along it."""
     plt = pyplot()
     if plt is None:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points) + 1.5, 3.4), sharey=True, squeeze=False)
+    for axis, (name, values) in zip(axes[0], points.items()):
+        arms = next(iter(values.values()))
+        k = max((k for k in next(iter(arms.values())) if k.startswith("pass@") and int(k[5:]) <= 8), key=lambda k: int(k[5:]))
+        for i, arm in enumerate(arms):
+            axis.errorbar(range(len(values)), [row[arm][k][0] for row in values.values()], [row[arm][k][1] for row in values.values()],
+                          marker="osD^v"[i % 5], markersize=4, capsize=2, label=arm)
+        axis.set(xlabel={"length": "prefix rows L", "beta": "beta of the VAE"}.get(name, name), ylabel=f"{k} ± standard error",
+                 ylim=(0, 1.02), xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    return save_picture(figure, path)
+
+
+def draw_reward_map(vae, maps, path):
+    """The reward map: every z of the arm `latent` by the first two principal directions of the prefixes it decodes to, coloured by
+    how often its neighbours in latent space were right; one panel a family. Crosses: where the domains' Gaussians are centred."""
+    plt = pyplot()
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps) + 1, 4), sharex=True, sharey=True, squeeze=False)
+    sizes = [len(z) for z, _ in maps.values()]
+    *parts, centres = pca(vae.decode(torch.cat([*(z for z, _ in maps.values()), vae.domain_mean]))).split([*sizes, len(vae.domains)])
+    for axis, (name, (z, smooth)), places in zip(axes[0], maps.items(), parts):                   # places [N, 2]
+        dots = axis.scatter(*places.T, c=smooth, s=9, cmap="viridis", vmin=0, vmax=1)
+        for domain, place in zip(vae.domains, centres.tolist()):
+            axis.plot(*place, "x", color="#D55E00", markersize=9, markeredgewidth=2.5)
+            axis.annotate(domain, place, (6, 6), textcoords="offset points", color="#D55E00", weight="bold",
+                          bbox=dict(boxstyle="round,pad=0.1", color="white", alpha=0.8))
+        axis.set(title=f"{name}: {len(z)} latents", xlabel="1st principal direction", ylabel="2nd", xticks=[], yticks=[])
+    figure.colorbar(dots, ax=axes, label="share right among the 32 nearest latents")
+    return save_picture(figure, path)
+
+
+def running_mean(points, width=5):
+    """(step, value) pairs with each value replaced by the mean of the last `width`."""
+    return {points[i][0]: sum(y for _, y in points[max(0, i - width + 1):i + 1]) / min(i + 1, width) for i in range(len(points))}
+
+
+def draw_curves(folders, path):
+    """Learning curves of RL runs (Fig. 6): reward of guided and unguided rollouts (running mean of 5 steps), and greedy accuracy
+    without prefix. Runs whose folders differ in the seed alone are one line, their mean, in a band from the least to the most."""
+    plt = pyplot()
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True)
     titles = {"reward_guided": "reward of guided rollouts", "reward_unguided": "reward of unguided rollouts",
               "eval_accuracy": "greedy accuracy without prefix"}
-    labels = list(dict.fromkeys(Path(folder).name.rsplit("-s", 1)[0] for folder in folders))
+    labels = {}
     for folder in folders:
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        label = Path(folder).name.rsplit("-s", 1)[0]
+        labels.setdefault(Path(folder).name.rsplit("-s", 1)[0], []).append(Path(folder) / "metrics.jsonl")
+    for i, (label, paths) in enumerate(labels.items()):
+        runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in paths]
         for axis, name in zip(axes, titles):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if name != "eval_accuracy":                     # 64 rollouts a step are noisy
-                last = [points[max(0, i - 4):i + 1] for i in range(len(points))]
-                points = [(window[-1][0], sum(y for _, y in window) / len(window)) for window in last]
-            axis.plot(*zip(*points) if points else ([], []), color=f"C{labels.index(label)}", alpha=0.8,
-                      label=label if label not in axis.get_legend_handles_labels()[1] else None)
+            curves = [running_mean([(row["step"], row[name]) for row in rows if row.get(name) is not None],
+                                   1 if name == "eval_accuracy" else 5) for rows in runs]         # 64 rollouts a step are noisy
+            steps = sorted(set().union(*curves))
+            values = [[curve[step] for curve in curves if step in curve] for step in steps]
+            style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":", "-.")[i % 4])
+            axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(paths)} seeds)")
+            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15, linewidth=0)
     for axis, title in zip(axes, titles.values()):
         axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.3)
-    axes[2].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    axes[0].set_ylabel("mean over rollouts or questions")
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return save_picture(figure, path)
+
+
+# ---- the paper's figures and tables in miniature ------------------------------------------------------------------------
+
+def reproduce_commands(args):
+    """{name: command line of --reproduce}; the first one builds the base model, the VAE and the warm-ups that the others use."""
+    small = ["--base-steps", "60", "--steps", "4", "--eval-questions", "16"] if args.quick else []
+    grpo = ["grpo.py", "--base-seed", args.base_seed, "--seed", *args.seeds, "--arms", "none", "--resume", *small, "--out", args.out]
+    noise = ["--schedule", "two-phase", "linear", "--source", "noise"]
+    asked = ["--questions", "8", "--samples", "8"] if args.quick else ["--questions", "128"]
+    measure = ["evaluate.py", "--vae", f"{args.out}/vae", "--resume", *asked]
+    commands = {"grpo": grpo, "rloo": [*grpo, "--algorithm", "rloo"], "grpo-noise": [*grpo, *noise],
+                "rloo-noise": [*grpo, "--algorithm", "rloo", *noise],
+                "arms": [*measure, "--model", f"{args.out}/sft", "--analyse", "--out", f"{args.out}/arms"],
+                "noise-token": [*measure, "--model", f"{args.out}/base", "--arms", "greedy", "sampling", "noise", "--length", "1",
+                                "--out", f"{args.out}/noise-token"]}
+    return {name: [str(word) for word in command] for name, command in commands.items()}
+
+
+def run_command(name, command, out):
+    """Run one command on one thread, its output in OUT/logs/NAME.txt; not again where it has finished. Returns its minutes."""
+    record, log = out / "logs" / f"{name}.json", out / "logs" / f"{name}.txt"
+    if record.is_file() and json.loads(record.read_text())["command"] == command:
+        return json.loads(record.read_text())["minutes"]
+    print("python " + shlex.join(command), flush=True)
+    began = time.time()
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]], stdout=file, stderr=file,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        last = (log.read_text().replace("\r", "\n").strip() or "no output").split("\n")[-1]
+        raise ValueError(f"{shlex.join(command)} failed ({last}); see {log}; the same --reproduce goes on where it stopped")
+    write_text(record, json.dumps({"command": command, "minutes": (time.time() - began) / 60}))
+    return (time.time() - began) / 60
+
+
+def reproduce(args):
+    """--reproduce: every figure and table of the paper that the tiny world can show, with controls, on one HTML page."""
+    out, commands = Path(args.out), reproduce_commands(args)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    first, *others = commands
+    minutes = [run_command(first, commands[first], out)]
+    with ThreadPoolExecutor(2) as pool:
+        minutes += pool.map(lambda name: run_command(name, commands[name], out), others)
+    note = (f"tiny world, base seed {args.base_seed}, RL seeds {' '.join(map(str, args.seeds))}; {date.today()}; {os.cpu_count()} CPU "
+            f"cores, one thread a process, {sum(minutes):.0f} process minutes; torch {torch.__version__}")
+    sections = [*arm_sections(out), *rl_sections(out), *latent_sections(out)]
+    for section in sections:
+        section["command"] = "python " + shlex.join(commands[section["command"]])
+    verdicts = {"title": "Is the gain really from the latent?", "rows": verdict_rows(out),
+                "text": "What went for the paper's account in this miniature, and what went against it. Differences are on the same "
+                        "questions, with a paired bootstrap 95% interval; ± is the standard deviation over RL seeds.",
+                "command": f"python evaluate.py --reproduce --base-seed {args.base_seed} --seeds {' '.join(map(str, args.seeds))}"}
+    write_text(out / "results.json", json.dumps({"note": note, "sections": [verdicts, *sections]}, indent=1))
+    write_text(out / "index.html", page([verdicts, *sections], note, out))
+    print(f"\n{markdown(verdicts['rows'])}\n\n{note}\nthe page: {out / 'index.html'}")
+
+
+PAPER_ARMS = {"greedy": ".020 / .020 / .047", "sampling": ".651 / .626 / .720", "latent": ".721 / .731 / .731",
+              "latent + sampling": ".875 / .860 / .857"}                                           # Table 2
+PAPER_DOMAINS = {"code": ".708 / .430 / .945", "math": ".724 / .461 / .950", "qa": ".710 / .455 / .936"}        # Table 1
+PAPER_RL = {"grpo": (".212 / .583 / .601", ".229 / .608 / .606", ".241 / .601 / .612"),                        # Table 3
+            "rloo": (".218 / .594 / .599", ".228 / .607 / .623", ".235 / .613 / .630")}
+
+
+def arm_sections(out):
+    """Fig. 1, Tables 1 and 2."""
+    token = json.loads((out / "noise-token" / "results.json").read_text())["arms"]
+    figures = json.loads((out / "arms" / "results.json").read_text())["benchmarks"]
+    families = [name for name in figures if "/" in name]
+    k = max((name for name in token["noise"] if name.startswith("pass@")), key=lambda name: int(name[5:]))
+    value = lambda row, name: f"{row[name][0]:.3f}"
+    table1 = [["latents of", "paper, pass@8: MATH500 / Olympiad / GSM8K", *(f"ours, pass@8: {name}" for name in families)]]
+    table1 += [[arm, PAPER_DOMAINS.get(arm, ""), *(value(figures[name][arm], "pass@8") for name in families)]
+               for arm in (*PAPER_DOMAINS, "shuffled", "latent")]
+    table2 = arms_table(figures["tiny"], "sampling", k)
+    table2 = [[row[0], PAPER_ARMS.get(row[0], "") if i else "paper, pass@32: RefCOCO / + / g", *row[1:]] for i, row in enumerate(table2)]
+    return [
+        {"title": "Figure 1: one noise token before the prompt", "command": "noise-token", "picture": "noise-token/pass_at_k.png",
+         "text": "One Gaussian vector with the norm of a token embedding stands before the prompt of the base model; decoding is greedy. "
+                 f"Paper (Qwen3-4B-Base, GSM8K): pass@32 rises from .529 to .853. Ours, {k}: greedy {value(token['greedy'], k)}, noise "
+                 f"token {value(token['noise'], k)}, token sampling {value(token['sampling'], k)}."},
+        {"title": "Table 1: the domain of the latents against the task", "command": "arms", "rows": table1,
+         "text": "Greedy decoding under latents of one domain; shuffled and latent (the prior) as controls. Models and tasks of the "
+                 "paper are others: compare the pattern, not the numbers."},
+        {"title": "Table 2: sampling, latents, and both", "command": "arms", "rows": table2, "picture": "arms/pass_at_k.png",
+         "text": "The paper's arms (Qwen2.5-VL-3B) beside ours, with the controls noise, gauss (a Gaussian on h, no VAE) and shuffled. "
+                 "follows domain: share of answers in the style of their latent's domain."}]
+
+
+def rl_runs(out):
+    """{algorithm: {schedule: rl_figures}}, with "two-phase-noise" and "linear-noise" for the control."""
+    schedules = ("none", "two-phase", "linear", "two-phase-noise", "linear-noise")
+    return {algorithm: {schedule: rl_figures(sorted(out.glob(f"{algorithm}-{schedule}-s*"))) for schedule in schedules}
+            for algorithm in PAPER_RL}
+
+
+def rl_sections(out):
+    """Table 3 and Fig. 6."""
+    table = [["algorithm", "injection", "paper, pass@1: 1.7B / 4B / 8B", "ours: start", "end, by seed", "mean", "spread (std)"]]
+    for algorithm, schedules in rl_runs(out).items():
+        paper = dict(zip(("none", "two-phase", "linear"), PAPER_RL[algorithm]))
+        table += [[algorithm, schedule, paper.get(schedule, ""), f"{row['start']:.3f}", " / ".join(f"{x:.3f}" for x in row["end"]),
+                   f"{row['mean']:.3f}", f"{row['std']:.3f}"] for schedule, row in schedules.items()]
+        draw_curves([path for schedule in schedules for path in sorted(out.glob(f"{algorithm}-{schedule}-s*"))], out / f"{algorithm}.png")
+    return [
+        {"title": "Table 3: RL with injected latents", "command": "grpo", "rows": table,
+         "text": "Greedy pass@1 without prefix, before and after RL; ours on 256 questions of the tiny world, the paper's the average "
+                 "over five benchmarks (Qwen3 of three sizes). ...-noise: the control, noise prefixes instead of latents."},
+        *({"title": f"Figure 6: learning curves, {algorithm}", "command": algorithm, "picture": f"{algorithm}.png",
+           "text": "Line: mean over seeds; band: least to most. The paper's latent variants learn slower at first and pass the baseline "
+                   "in the second half."} for algorithm in PAPER_RL)]
+
+
+def latent_sections(out):
+    """Fig. 3, and what the paper has not: the reward map and the sweep."""
+    table = lambda name: json.loads((out / name).read_text())["table"]
+    return [
+        {"title": "Figure 3: latents and decoded prefixes", "command": "grpo", "picture": "vae/latents.png",
+         "text": "100 traces a domain, as in the paper; there as here they cluster by domain. (The tiny world's domains differ in their "
+                 "words, so this is no surprise.)"},
+        {"title": "Which latents are right", "command": "arms", "picture": "arms/reward_map.png", "rows": table("arms/analysis.json"),
+         "text": "Not in the paper. On half of the questions, a Gaussian is fitted to the z of right answers, and the z with the most "
+                 "successful neighbours is picked; the table shows them on the other half, against the prior."}]
+
+
+def verdict_rows(out):
+    """The questions that the controls answer, each with its figures and whether they speak for the paper's account."""
+    results = read_samples(out / "arms")
+    samples = max(s["sample"] for s in results["tiny"]["sampling"]) + 1
+    against = {arm: all_figures(results, powers(samples), arm)["tiny"] for arm in ("sampling", "noise + sampling", "gauss", "shuffled")}
+    follows = {arm: row["follows"][0] for arm, row in against["gauss"].items() if "follows" in row}
+    domains = [f"{arm} {share:.2f}" for arm, share in follows.items()]
+    steered = min(share for arm, share in follows.items() if arm != "shuffled")
+    rows = [["question", "figures", "verdict"],
+            ["Does the domain of a latent set the style of the answer?", "follows domain: " + ", ".join(domains),
+             "for" if steered >= 0.9 and follows["shuffled"] < 0.6 else "against"]]
+    for arm, other, k, question in (
+            ("latent + sampling", "sampling", f"pass@{samples}", "Do latents with sampling beat sampling?"),
+            ("latent + sampling", "noise + sampling", "pass@8", "Do they beat noise prefixes with sampling?"),
+            ("latent", "gauss", "pass@8", "Is the VAE better than a plain Gaussian on h?"),
+            ("latent", "shuffled", "pass@8", "Are latents better than shuffled ones?")):
+        difference = against[other][arm]["difference"][k]
+        rows.append([question, f"{arm} against {other}, {k}: {signed(difference)}", "for" if difference[1] > 0 else "against"])
+    for algorithm, runs in rl_runs(out).items():
+        for name, other in (("two-phase", "none"), ("linear", "none"), ("two-phase", "two-phase-noise"), ("linear", "linear-noise")):
+            a, b = runs[name], runs[other]
+            spread = math.hypot(a["std"], b["std"])
+            rows.append([f"{algorithm.upper()}: is {name} injection better than {other}?",
+                         f"{a['mean']:.3f} ± {a['std']:.3f} against {b['mean']:.3f} ± {b['std']:.3f}",
+                         "for" if a["mean"] - b["mean"] > max(spread, 0.01) else "against"])
+    return rows
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Reasoning Palette in miniature</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; font-size: 12.5px; margin: 1em 0 }} .wide {{ overflow-x: auto }}
+th, td {{ border: 1px solid #bbb; padding: 3px 6px; text-align: left }} td {{ white-space: nowrap }} th {{ background: #eee }}
+img {{ max-width: 100% }} code, .note {{ font-size: 13px; color: #555; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>Reasoning Palette in miniature</h1>
+<p>The figures and tables of arXiv 2512.17206 that a made-up world and a model of 0.4 million weights can show, with controls.
+Numbers of the paper stand beside ours for the pattern; model, tasks and scale are others.</p>
+{body}
+</body></html>
+"""
+
+
+def page(sections, note, folder):
+    """The sections as one HTML page without any outside file: pictures stand in it as base64 PNG."""
+    parts = []
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section['title'])}</h2>\n<p>{html.escape(section['text'])}</p>")
+        if "rows" in section:
+            cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+            lines = [f"<tr>{cells(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(section["rows"])]
+            parts.append('<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>")
+        if "picture" in section and (folder / section["picture"]).is_file():
+            picture = base64.b64encode((folder / section["picture"]).read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(section["title"])}" src="data:image/png;base64,{picture}">')
+        parts.append(f'<p class="note"><code>{html.escape(section["command"])}</code><br>{html.escape(note)}</p>')
+    return PAGE.format(body="\n".join(parts))
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -271,57 +775,84 @@ def parse_args(argv=None):
     data = parser.add_argument_group("model and data")
     data.add_argument("--model", default="tiny", help="hub name, folder, run folder or tiny (default: tiny)")
     data.add_argument("--vae", default="runs/tiny/vae", help="VAE folder, or none (default: runs/tiny/vae)")
-    data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for --test-data (default: tiny)")
-    data.add_argument("--test-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
+    data.add_argument("--task", nargs="+", default=["tiny"], help="tiny, gsm8k, math, or names for --test-data (default: tiny)")
+    data.add_argument("--test-data", nargs="+", metavar="[TASK=]SOURCE", help="JSONL of {question, answer} or "
+                      "hub:DATASET:CONFIG:SPLIT; TASK= with several tasks (default: each task's own)")
     data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
-    data.add_argument("--questions", type=int, default=64, help="test questions (default: 64)")
-    data.add_argument("--out", default="runs/tiny/evaluation", help="where the results go (default: runs/tiny/evaluation)")
+    data.add_argument("--questions", type=int, default=64, help="test questions a task (default: 64)")
+    data.add_argument("--out", help="where the results go (default: runs/tiny/evaluation; runs/reproduce for --reproduce)")
     arms = parser.add_argument_group("arms")
-    arms.add_argument("--arms", nargs="+", default=["all"], metavar="ARM", help="greedy, sampling, noise, gauss, latent, "
-                      "'latent + sampling', a domain, or all (default: all)")
+    arms.add_argument("--arms", nargs="+", metavar="ARM", help="greedy, sampling, noise, gauss, shuffled, latent, 'noise + sampling', "
+                      "'gauss + sampling', 'latent + sampling', a domain, or all (default: all)")
+    arms.add_argument("--against", default="sampling", metavar="ARM", help="reference of the differences (default: sampling)")
     arms.add_argument("--samples", type=int, default=32, help="samples a question in every arm but greedy (default: 32)")
     arms.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
     arms.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
     arms.add_argument("--temperature", type=float, default=1.0, help="of the sampling arms (default: 1)")
     arms.add_argument("--top-p", type=float, default=1.0, help="of the sampling arms (default: 1, off)")
     arms.add_argument("--max-new-tokens", type=int, help="longest answer (default: 34 for tiny, else 512)")
+    other = parser.add_argument_group("what to do instead, or in addition")
+    other.add_argument("--rescore", action="store_true", help="judge the samples in --out again, without any model")
+    other.add_argument("--analyse", action="store_true", help="also: which region of latent space answers which questions")
+    other.add_argument("--sweep", nargs="+", metavar="AXIS=V,V", help="one axis at a time: length, beta, temperature, top_p")
+    other.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the learning curves of these RL runs")
+    other.add_argument("--reproduce", action="store_true", help="the paper's figures and tables on the tiny world, as one page")
+    other.add_argument("--base-seed", type=int, default=0, help="--reproduce: seed of the base model (default: 0)")
+    other.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="--reproduce: RL seeds (default: 0 1 2)")
+    other.add_argument("--quick", action="store_true", help="--reproduce: hardly trained; checks the way, not the results")
     machine = parser.add_argument_group("machine and seed")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
     machine.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
     machine.add_argument("--seed", type=int, default=0, help="seed of prefixes and tokens (default: 0)")
     machine.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation of the same settings")
-    parser.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the learning curves of these RL runs")
-    args = parser.parse_args(argv)
-    args.max_new_tokens = args.max_new_tokens or (34 if args.task == "tiny" else 512)
+    return checked(parser, parser.parse_args(argv))
+
+
+def checked(parser, args):
+    """Fill in what depends on other flags, and refuse what cannot work, before any work."""
+    args.max_new_tokens = args.max_new_tokens or (34 if args.task == ["tiny"] else 512)
+    args.out = args.out or ("runs/reproduce" if args.reproduce else "runs/tiny/evaluation")
     require_positive(parser, args, "questions", "samples", "slots", "max_new_tokens")
+    args.arms = args.arms or (["sampling", "latent", "latent + sampling"] if args.sweep else ["all"])
+    if args.analyse and args.arms != ["all"]:
+        args.arms = list(dict.fromkeys([*args.arms, "latent"]))
+    if args.analyse and (args.independent or args.vae == "none" or args.length == 0):
+        parser.error("--analyse needs a VAE and one latent a sample: drop --independent, --vae none or --length 0")
+    named = dict(item.split("=", 1) if item.split("=", 1)[0] in args.task else (args.task[0], item) for item in args.test_data or ())
+    if len(named) < len(args.test_data or ()) or len(args.task) > 1 and any("=" not in item for item in args.test_data or ()):
+        parser.error("--test-data with several tasks takes TASK=SOURCE for each, e.g. gsm8k=gsm8k_test.jsonl")
+    args.test_data, axes = named, {"length": int, "beta": float, "temperature": float, "top_p": float}
+    try:
+        args.sweep = {axis: [axes[axis](value) for value in values.split(",")]
+                      for axis, _, values in (item.partition("=") for item in args.sweep or ())}
+    except (KeyError, ValueError):
+        parser.error(f"--sweep takes AXIS=VALUE,VALUE with AXIS one of {', '.join(axes)}, not {' '.join(args.sweep)}")
     return args
 
 
 def main(argv=None):
-    """Run the arms, save samples, figures, table and picture. Returns the figures by arm."""
+    """Run the arms, save samples, figures, tables and pictures. Returns the figures of every benchmark by arm."""
     args = parse_args(argv)
     if args.curves:
-        print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))
-        return
-    task = load_task(args.task, test=args.test_data, splits=("test",))
-    args.model = find_model(args.model)
+        return print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))
+    if args.reproduce or args.rescore:
+        return reproduce(args) if args.reproduce else rescore(args)
+    tasks = [load_task(name, test=args.test_data.get(name), splits=("test",)) for name in args.task]
+    args.model, began = find_model(args.model), time.time()
     vae = None if args.vae == "none" else find_vae(args.vae, args.model)
     device = Ranks.start(args.device).device
     model, tokenizer = load_policy(args.model, device, getattr(torch, args.dtype))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    results = run_arms(model, tokenizer, task, vae, args)
-    ks = [k for k in (1, 8, 32) if k <= args.samples]
-    note = (f"{args.model} on {task.name}: {min(args.questions, len(task.test))} questions x {args.samples} samples, "
-            f"L = {args.length} {'independent' if args.independent else 'tiled'}, seed {args.seed}, "
-            f"{time.time() - began:.0f} s on {hardware(device)}")
-    figures = {name: score(samples, ks) for name, samples in results.items()}
-    write_text(out / "results.json", json.dumps({"note": note, "arguments": vars(args), "arms": figures}, indent=1))
-    write_text(out / "results.md", f"{markdown(figures, ks)}\n\n{note}\n")
-    picture = draw_pass_at_k(results, out / "pass_at_k.png")
-    print(f"\n{markdown(figures, ks)}\n\n{note}\nsaved {out}" + (f", picture {picture}" if picture else ""))
+    lab = Lab(Decoder(model, end_ids(model, tokenizer), args.slots), tokenizer, model.get_input_embeddings().weight.detach(), vae)
+    asked = ", ".join(f"{len(task.test[:args.questions])} questions of {task.name}" for task in tasks)
+    note = lambda: (f"{args.model}: {asked} x {args.samples} samples, L = {args.length} {'independent' if args.independent else 'tiled'}, "
+                    f"seed {args.seed}; {date.today()}, {time.time() - began:.0f} s on {hardware(device)}")
+    if args.sweep:
+        return sweep(lab, tasks, args, note)
+    results = run_arms(lab, tasks, args)
+    figures = save_results(args, results, note())
+    if args.analyse:
+        analyse(lab, tasks, args, results)
     return figures
 
 

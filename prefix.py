@@ -30,6 +30,7 @@ Run it (greedy answers to one question under several latents):
 """
 import argparse
 import math
+import random
 from collections import deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ from vae import find_model, find_vae, run_main
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. The palette: where prefixes come from
 
-SOURCES = ("none", "prior", "mixture", "noise", "gauss")        # and every domain of the VAE by its name
+SOURCES = ("none", "prior", "mixture", "shuffled", "noise", "gauss")        # and every domain of the VAE by its name
 
 
 def load_tokenizer(name):
@@ -89,7 +90,8 @@ class Palette:
     """Draws prefixes of one kind (Eq. 9). `draw(seeds)` gives one prefix a row, determined by the row's seed alone.
 
     source: "prior" z ~ N(0, I); a domain's name: z from that domain's Gaussian; "mixture": a domain drawn per prefix;
-        "none": no prefix. Controls without a VAE: "noise", Gaussian rows scaled to the mean norm of real token
+        "none": no prefix. Controls: "shuffled", the mixture with the k entries of each z in random order: the same length
+        and entries, at another place of the latent space; "noise", Gaussian rows scaled to the mean norm of real token
         embeddings; "gauss", rows from a Gaussian fitted to h. z: a fixed latent [k] or [L, k] instead of a draw.
     length: L, rows per prefix. tiled: one draw repeated L times, else L independent draws.
     table: the policy's embedding table [V, d]; the VAE must have been trained on it (ValueError if not).
@@ -139,9 +141,15 @@ class Palette:
         z = randn(draws, self.vae.latent)                                           # [draws, k]
         if self.source == "prior":
             return z
-        domain = int(torch.randint(len(self.vae.domains), (), generator=generator)) if self.source == "mixture" \
-            else self.vae.domains.index(self.source)
-        return self.vae.domain_mean[domain] + z @ self.vae.domain_factor[domain]
+        domain = self.vae.domains.index(self.domain_of(generator.initial_seed()))
+        z = self.vae.domain_mean[domain] + z @ self.vae.domain_factor[domain]
+        return z[:, torch.randperm(z.shape[1], generator=generator)] if self.source == "shuffled" else z
+
+    def domain_of(self, seed):
+        """The domain that the latent of this seed comes from; None where it comes from none."""
+        if self.source in ("mixture", "shuffled"):
+            return random.Random(seed).choice(self.vae.domains)
+        return self.source if self.vae is not None and self.source in self.vae.domains else None
 
 
 # ------------------------------------------------------------------------------------------------------------------------

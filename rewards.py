@@ -208,12 +208,15 @@ class Task:
         accuracy: its answer equals the gold one. answered: there is an answer in one of the accepted forms. format: in the
         form that was asked for, the first of them. undecided: the verifier cannot tell; that counts as wrong.
         """
-        cut_off = self.needs_stop and finish != "stop"
-        answer = None if cut_off else extract_answer(completion, self.answer_from)
+        answer = self.extract(completion, finish)
         equal = None if answer is None else answers_equal(answer, gold)
         return {"accuracy": float(equal is True), "answered": float(answer is not None),
-                "format": 0.0 if cut_off else format_reward(completion, self.answer_from),
+                "format": 0.0 if answer is None else format_reward(completion, self.answer_from),
                 "undecided": float(answer is not None and equal is None)}
+
+    def extract(self, completion, finish="stop"):
+        """The answer in a completion as text, or None: what `judge` compares with the gold one."""
+        return None if self.needs_stop and finish != "stop" else extract_answer(completion, self.answer_from)
 
 
 def tiny_task(n_train=4096, n_test=512, seed=0):

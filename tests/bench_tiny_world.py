@@ -22,6 +22,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STYLES = ("math", "code", "qa")
 START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 
@@ -44,10 +45,11 @@ def read(out):
     """One base's figures from its result files."""
     load = lambda name: json.loads((out / name).read_text())
     pretraining = [json.loads(line) for line in (out / "base" / "metrics.jsonl").read_text().splitlines()][-1]
-    arms = load("evaluation/results.json")["arms"]
-    arms = {name: {key: row[key] for key in row if key.startswith("pass@") or key == "styles"} for name, row in arms.items()}
+    kept = ("pass@1", "pass@8", "pass@32")
+    arms = {name: {**{key: row[key] for key in kept if key in row}, "styles": {style: row[f"style {style}"][0] for style in STYLES}}
+            for name, row in load("evaluation/results.json")["arms"].items()}
     return {"leak": {style: pretraining[f"leak_{style}"] for style in ("math", "code")}, "arms": arms,
-            "control": {domain: arms[domain]["styles"][domain] for domain in ("math", "code", "qa")},
+            "control": {domain: arms[domain]["styles"][domain] for domain in STYLES},
             "rl": load("grpo-prior.json"), "rl_noise": load("grpo-noise.json")}
 
 

@@ -3,13 +3,15 @@ import itertools
 import json
 import math
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
-from evaluate import answer, arms_of, markdown, mean_and_error, pass_at_k, score
+from evaluate import (all_figures, answer, arms_of, arms_table, bootstrap, figures_of, majority, markdown, mean_and_error,
+                      neighbourhood_mean, pass_at_k, prefix_seed, read_samples, score, vae_of_right, vote)
 from prefix import Decoder, Palette, Sampling
 from rewards import tiny_task
 from sft import Ranks
@@ -80,44 +82,211 @@ def test_the_rl_table_shows_start_end_and_spread(tmp_path):
     assert json.loads((tmp_path / "grpo-prior.json").read_text())["linear"]["end"] == pytest.approx([0.4, 0.8])
 
 
-def samples_of(pattern):
-    """pattern: {question: string of 0 and 1}."""
-    return [{"row": q, "question": "the same for all", "sample": i, "accuracy": float(c), "answered": 1.0, "tokens": 10, "completion": c, "style": "math"}
-            for q, row in pattern.items() for i, c in enumerate(row)]
+def test_pass_at_k_is_unbiased_when_simulated_with_many_questions():
+    generator, n, k = torch.Generator().manual_seed(0), 16, 8
+    p = torch.rand(4000, generator=generator)                                   # each question has a chance of its own
+    right = (torch.rand(4000, n, generator=generator) < p[:, None]).sum(1).tolist()
+    mean, error = mean_and_error([pass_at_k(n, c, k) for c in right])
+    assert mean == pytest.approx((1 - (1 - p) ** k).mean().item(), abs=3 * error) and error < 0.01
+
+
+def test_mean_and_error_weighs_benchmarks_alike():
+    assert mean_and_error([1.0, 1.0, 1.0, 0.0], [0.0, 0.0])[0] == pytest.approx(0.375)
+    a, b = [0.0, 1.0, 1.0, 0.0], [0.2, 0.9]
+    assert mean_and_error(a, b)[1] == pytest.approx(math.hypot(mean_and_error(a)[1], mean_and_error(b)[1]) / 2)
+
+
+def test_the_interval_covers_the_truth_in_about_95_of_100_studies():
+    generator, questions, studies = torch.Generator().manual_seed(1), 80, 600
+    chance = torch.rand(studies, questions, generator=generator) * 0.8          # of the weaker arm; the other is better by 0.1
+    draw = lambda p: torch.bernoulli(p, generator=generator)
+    differences = (draw(chance + 0.1) - draw(chance)).tolist()
+    covered = 0
+    for study, values in enumerate(differences):
+        _, low, high = bootstrap(values, resamples=500, seed=study)
+        covered += low <= 0.1 <= high
+    assert 0.93 <= covered / studies <= 0.97
+
+
+def test_pairing_narrows_the_interval_where_questions_are_hard_for_both_arms():
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(200, generator=generator)
+    a, b = ((hard + 0.1 * torch.randn(200, generator=generator)).tolist() for _ in range(2))
+    width = lambda x, y: (lambda mean, low, high: high - low)(*bootstrap([i - j for i, j in zip(x, y)]))
+    assert width(a, b) < 0.5 * width(a, random.Random(0).sample(b, 200))
+    assert bootstrap([0.25] * 9) == pytest.approx((0.25, 0.25, 0.25))
+    assert bootstrap(a, seed=1) == bootstrap(a, seed=1) != bootstrap(a, seed=2)
+
+
+def test_votes_go_by_equality_of_values():
+    assert vote(["1/2", "3", "0.5", None, "\\frac{1}{2}", "3"]) == [("1/2", 3), ("3", 2)]
+    assert vote([None, None]) == []
+
+
+@pytest.mark.parametrize("answers, gold, expected", [
+    (["7", "7", "3"], "7", 1.0), (["7", "3", "3"], "7", 0.0), (["7", "3"], "7", 0.5), (["3", "7"], "7", 0.5),
+    (["1", "2", "7"], "7", 1 / 3), (["1", "2"], "7", 0.0), ([None, None], "7", 0.0), ([None, None, "7"], "7", 1.0)])
+def test_the_majority_and_its_ties(answers, gold, expected):
+    assert majority(answers, gold) == pytest.approx(expected)
+
+
+def samples_of(pattern, **extra):
+    """pattern: {question: string of answers}; the right answer is always 1."""
+    return [{"row": q, "question": "the same for all", "gold": "1", "sample": i, "accuracy": float(c == "1"), "answered": 1.0, "undecided": 0.0,
+             "tokens": 10, "completion": c, "answer": c, "style": "math", **extra} for q, row in pattern.items() for i, c in enumerate(row)]
 
 
 def test_score_by_hand():
-    figures = score(samples_of({"a": "1000", "b": "0000"}), [1, 2, 4])
-    assert figures["pass@1"] == pytest.approx((0.125, 0.125)) and figures["pass@2"] == pytest.approx((0.25, 0.25))
-    assert figures["pass@4"] == pytest.approx((0.5, 0.5))
-    assert figures["distinct"] == pytest.approx((0.5 + 0.25) / 2) and figures["samples"] == 4
-    assert figures["styles"] == {"math": 1.0, "code": 0.0, "qa": 0.0}
-    assert score(samples_of({"a": "1", "b": "0"}), [1, 8])["pass@8"] == pytest.approx((0.5, 0.5))       # greedy: one sample
-    assert "| x | 0.125 ± 0.125 |" in markdown({"x": figures}, [1])
+    columns = score(samples_of({"a": "1023", "b": "0000"}), [1, 2, 4])
+    assert columns["pass@1"] == [0.25, 0.0] and columns["pass@2"] == [0.5, 0.0] and columns["pass@4"] == [1.0, 0.0]
+    assert columns["answers"] == [4, 1] and columns["majority"] == [0.25, 0.0] and columns["samples"] == [4, 4]
+    assert columns["style math"] == [1.0, 1.0] and "follows" not in columns
+    assert score(samples_of({"a": "11"}, domain="code"), [1])["follows"] == [0.0]
+    assert score(samples_of({"a": "1", "b": "0"}), [1, 8])["pass@8"] == [1.0, 0.0]                           # greedy: one sample
+
+
+def test_questions_are_compared_by_their_row_whatever_their_order_in_the_file():
+    one, other = samples_of({0: "1000", 1: "0000"}), samples_of({1: "0000", 0: "1000"})
+    figures = figures_of({"a": [score(one, [1])], "b": [score(other, [1])]}, "a")
+    assert figures["b"]["difference"]["pass@1"] == (0.0, 0.0, 0.0) and "difference" not in figures["a"]
+
+
+def test_figures_of_families_and_of_several_benchmarks():
+    arith, lists = samples_of({0: "11", 1: "10"}, family="arith"), samples_of({2: "00"}, family="list")
+    results = {"tiny": {"sampling": arith + lists, "latent": samples_of({0: "11", 1: "11"}, family="arith") + lists},
+               "gsm8k": {"sampling": samples_of({0: "00"}), "latent": samples_of({0: "10"})}}
+    figures = all_figures(results, [1, 2])
+    assert list(figures) == ["tiny", "tiny/arith", "tiny/list", "gsm8k", "average"]
+    assert figures["tiny/arith"]["sampling"]["pass@1"][0] == 0.75 and figures["tiny/list"]["latent"]["pass@2"][0] == 0.0
+    assert figures["average"]["latent"]["pass@1"][0] == pytest.approx((2 / 3 + 0.5) / 2)
+    assert figures["average"]["latent"]["difference"]["pass@1"][0] == pytest.approx((1 / 6 + 0.5) / 2)
+    table = arms_table(figures["tiny"], "sampling")
+    assert table[0][:4] == ["arm", "pass@1", "pass@2", "pass@2 against sampling [95%]"] and all(len(row) == len(table[0]) for row in table)
+    assert markdown(table).splitlines()[-1].startswith("| latent | 0.667 | 0.667 | +0.00 [+0.00, +0.00] |")
 
 
 def test_arms():
     arms = arms_of(["all"], ["code", "math"], 0.8)
     assert arms == {"greedy": ("none", 0.0), "sampling": ("none", 0.8), "noise": ("noise", 0.0), "gauss": ("gauss", 0.0),
-                    "latent": ("prior", 0.0), "latent + sampling": ("prior", 0.8), "code": ("code", 0.0), "math": ("math", 0.0)}
-    assert list(arms_of(["all"], [], 1.0, with_vae=False)) == ["greedy", "sampling", "noise"]
+                    "shuffled": ("shuffled", 0.0), "latent": ("prior", 0.0), "noise + sampling": ("noise", 0.8),
+                    "gauss + sampling": ("gauss", 0.8), "latent + sampling": ("prior", 0.8), "code": ("code", 0.0), "math": ("math", 0.0)}
+    assert list(arms_of(["all"], [], 1.0, with_vae=False)) == ["greedy", "sampling", "noise", "noise + sampling"]
     assert list(arms_of(["greedy", "noise"], [], 1.0)) == ["greedy", "noise"]
     with pytest.raises(ValueError, match="unknown arm 'poetry'"):
         arms_of(["poetry"], [], 1.0)
 
 
-def test_the_command_writes_table_samples_and_picture(tmp_path, policy_folder, vae, capsys):
-    pytest.importorskip("matplotlib", reason='the picture needs the extra "plots"')
-    vae.save(tmp_path / "vae")
-    out = tmp_path / "out"
-    figures = evaluate.main(["--model", str(policy_folder), "--vae", str(tmp_path / "vae"), "--questions", "3", "--samples", "8",
-                             "--max-new-tokens", "6", "--out", str(out)])
-    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 + 8 * 8 * 3 and set(figures) == {row["arm"] for row in rows}
-    again = score([row for row in rows if row["arm"] == "latent"], [1, 8])
-    assert json.loads((out / "results.json").read_text())["arms"]["latent"]["pass@8"] == list(again["pass@8"])
-    assert (out / "results.md").read_text().count("\n| ") == 10 - 1 and (out / "pass_at_k.png").stat().st_size > 1000
-    assert "| latent + sampling |" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory, policy_folder, vae):
+    """One small evaluation of every arm: (its command line but for --out, its folder, its figures)."""
+    pytest.importorskip("matplotlib", reason='the pictures need the extra "plots"')
+    root = tmp_path_factory.mktemp("evaluation")
+    vae.save(root / "vae")
+    argv = ["--model", str(policy_folder), "--vae", str(root / "vae"), "--questions", "4", "--samples", "4", "--max-new-tokens", "6"]
+    return argv, root / "out", evaluate.main([*argv, "--out", str(root / "out"), "--analyse"])
+
+
+def test_the_command_writes_table_samples_and_picture(evaluation):
+    _, out, figures = evaluation
+    arms = read_samples(out)["tiny"]
+    assert set(figures["tiny"]) == set(arms) and {arm: len(samples) for arm, samples in arms.items()} == {
+        arm: 4 if arm == "greedy" else 16 for arm in arms}
+    saved = json.loads((out / "results.json").read_text())
+    assert saved["arms"]["latent"]["pass@4"] == list(mean_and_error(score(arms["latent"], [4])["pass@4"]))
+    assert set(saved["benchmarks"]) == {"tiny", "tiny/arith", "tiny/list"}
+    assert (out / "results.md").read_text().count("\n| ") == 12 and (out / "pass_at_k.png").stat().st_size > 1000
+
+
+def test_a_stored_sample_rebuilds_its_latent(evaluation, vae, model, tokenizer):
+    _, out, _ = evaluation
+    table = model.get_input_embeddings().weight.detach()
+    sample = read_samples(out)["tiny"]["math"][5]
+    rows, latents = Palette(vae, table, "math", 8).draw([prefix_seed(0, sample["question"], sample["sample"])])
+    assert torch.equal(vae.decode(latents[0]).expand(8, -1), rows[0])
+    task = tiny_task()
+    ids = evaluate.prompt_ids(sample["question"], tokenizer, task.instruction)
+    again = Decoder(model).generate([ids], rows, Sampling(0.0, max_new_tokens=6))[0]
+    assert tokenizer.decode(again.ids, skip_special_tokens=True) == sample["completion"]
+
+
+def test_rescoring_gives_the_same_and_needs_no_model(evaluation, tmp_path, monkeypatch):
+    _, out, figures = evaluation
+    copied = tmp_path / "copied"
+    shutil.copytree(out, copied)
+    monkeypatch.setattr(evaluate, "load_policy", None)
+    monkeypatch.setattr(evaluate, "find_model", None)
+    assert evaluate.main(["--rescore", "--out", str(copied)]) == figures
+    assert (copied / "samples.jsonl").read_text() == (out / "samples.jsonl").read_text()
+    monkeypatch.setattr("rewards.Task.judge", lambda *_: {"accuracy": 1.0, "answered": 1.0, "format": 1.0, "undecided": 0.0})
+    assert evaluate.main(["--rescore", "--out", str(copied)])["tiny"]["latent"]["pass@1"] == (1.0, 0.0)
+    assert "judged again" in json.loads((copied / "results.json").read_text())["note"]
+    with pytest.raises(ValueError, match="no evaluation in"):
+        evaluate.main(["--rescore", "--out", str(tmp_path / "nothing")])
+
+
+def test_the_analysis_compares_on_questions_kept_aside(evaluation):
+    _, out, _ = evaluation
+    head, *rows = json.loads((out / "analysis.json").read_text())["table"]
+    assert [row[0] for row in rows] == ["tiny/arith (1)"] * 4 + ["tiny/list (1)"] * 4 and len({len(row) for row in [head, *rows]}) == 1
+    assert [row[1] for row in rows[:4]][0::2] == ["latent", "right answers"] and (out / "reward_map.png").stat().st_size > 1000
+
+
+def test_the_gaussian_of_right_latents_and_the_mean_over_neighbours(vae):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, vae.latent, generator=generator) * 0.3 + 2.0
+    found = vae_of_right(vae, z)
+    factor = found.domain_factor[0]
+    assert found.domain_mean[0] == pytest.approx(z.mean(0), abs=0.02) and torch.allclose(factor.T @ factor, torch.cov(z.T), atol=0.03)
+    assert vae.domains == ["code", "math", "qa"] and torch.equal(vae_of_right(vae, z[:0]).domain_factor[0], torch.eye(vae.latent))
+    clusters = torch.cat([torch.zeros(40, 2), torch.full((40, 2), 9.0)])
+    assert neighbourhood_mean(clusters, torch.tensor([1.0] * 40 + [0.0] * 40)).tolist() == [1.0] * 40 + [0.0] * 40
+
+
+def test_a_sweep_changes_one_thing_at_a_time(evaluation, tmp_path, monkeypatch):
+    argv, _, _ = evaluation
+    asked = []
+    original = evaluate.run_arms
+    monkeypatch.setattr(evaluate, "run_arms", lambda lab, tasks, args: asked.append((args.length, args.temperature, lab.vae)) or original(lab, tasks, args))
+    monkeypatch.setattr(evaluate, "vae_with", lambda folder, out, beta: f"the VAE of beta {beta}" and evaluate.VAE.load(folder))
+    evaluate.main([*argv, "--sweep", "length=1,3", "beta=4", "temperature=0.5", "--arms", "latent", "--out", str(tmp_path)])
+    assert [point[:2] for point in asked] == [(1, 1.0), (3, 1.0), (8, 1.0), (8, 0.5)]
+    assert asked[0][2] is asked[1][2] is asked[3][2] is not asked[2][2]
+    saved = json.loads((tmp_path / "sweep.json").read_text())
+    assert {axis: list(values) for axis, values in saved["points"].items()} == {"length": ["1", "3"], "beta": ["4.0"], "temperature": ["0.5"]}
+    assert len(saved["table"]) == 5 and (tmp_path / "sweep.png").stat().st_size > 1000 and (tmp_path / "length-3" / "samples.jsonl").is_file()
+
+
+def test_a_vae_of_another_beta_keeps_the_other_settings(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"vae": {}, "settings": {"model": "m", "traces": ["a=x", "b=y"], "beta": 1.0, "lr": 0.002}}))
+    asked = []
+    monkeypatch.setattr(evaluate.vae_stage, "main", asked.append)
+    monkeypatch.setattr(evaluate.VAE, "load", lambda folder: folder)
+    assert evaluate.vae_with(tmp_path, tmp_path / "new", beta=4.0) == tmp_path / "new"
+    assert asked == [["--model", "m", "--traces", "a=x", "b=y", "--beta", "4.0", "--lr", "0.002", "--out", str(tmp_path / "new")]]
+    (tmp_path / "config.json").write_text('{"vae": {}}')
+    with pytest.raises(ValueError, match="needs a VAE made by vae.py"):
+        evaluate.vae_with(tmp_path, tmp_path / "new", beta=4.0)
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    (["--sweep", "width=3"], "--sweep takes AXIS=VALUE,VALUE"), (["--sweep", "length=x"], "--sweep takes AXIS=VALUE,VALUE"),
+    (["--analyse", "--independent"], "--analyse needs a VAE and one latent a sample"),
+    (["--task", "a", "b", "--test-data", "x.jsonl"], "--test-data with several tasks takes TASK=SOURCE"),
+    (["--task", "a", "--test-data", "x.jsonl", "y.jsonl"], "--test-data with several tasks takes TASK=SOURCE")])
+def test_flags_that_cannot_be_right(argv, sentence, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(argv)
+    assert sentence in capsys.readouterr().err
+
+
+def test_several_benchmarks_in_one_call(evaluation, tmp_path):
+    argv, _, _ = evaluation
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"question": f"calc {i} + 1 ?", "answer": f"{i + 1}"}) + "\n" for i in range(3)))
+    figures = evaluate.main([*argv, "--task", "tiny", "a", "b", "--test-data", f"a={tmp_path}/a.jsonl", f"b={tmp_path}/b.jsonl", "--arms",
+                             "greedy", "sampling", "--against", "greedy", "--out", str(tmp_path / "out")])
+    assert list(figures) == ["tiny", "tiny/arith", "tiny/list", "a", "b", "average"] and "difference" in figures["a"]["sampling"]
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"pass_at_k-{name}.png" for name in ("tiny", "a", "b", "average")}
 
 
 @pytest.mark.parametrize("stop_at, left", [(1, "greedy"), (3, "noise")])
@@ -139,9 +308,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(stop_at, left, tmp_p
     with pytest.raises(KeyboardInterrupt):
         evaluate.main([*argv, *torn])
     with open(tmp_path / "torn" / "samples.jsonl", "a") as file:
-        file.write(f'{{"arm": "{left}", "row": 0}}\n{{"arm": "{left}')        # a part of an arm, and a torn line
+        file.write(f'{{"benchmark": "tiny", "arm": "{left}", "row": 0}}\n{{"arm": "{left}')        # a part of an arm, and a torn line
     assert evaluate.main([*argv, *torn, "--resume"]) == whole
-    assert len(calls) == 9 + 1 and (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+    assert len(calls) == 12 + 1 and (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
     with pytest.raises(ValueError, match="another seed"):
         evaluate.main([*argv, *torn, "--resume", "--seed", "5"])
 

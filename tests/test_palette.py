@@ -27,7 +27,7 @@ def test_tiled_repeats_one_draw_and_independent_rows_differ(vae, table):
     assert all(not torch.equal(free[0], row) for row in free[1:])
 
 
-@pytest.mark.parametrize("source", ["prior", "mixture", "noise", "gauss", "math"])
+@pytest.mark.parametrize("source", ["prior", "mixture", "shuffled", "noise", "gauss", "math"])
 def test_a_prefix_depends_on_its_seed_alone(vae, table, source):
     palette = Palette(vae, table, source, length=2)
     many, (one,) = palette.draw([7, 8, 9])[0], palette.draw([8])[0]
@@ -131,3 +131,19 @@ def test_completions_end_at_the_first_stop_string():
     assert texts == ["ab", "abc", ""]
     assert [len(c.ids) for c in completions] == [len(c.logprobs) for c in completions] == [3, 4, 1]
     assert [c.finish for c in completions] == ["stop"] * 3
+
+
+def test_shuffled_latents_keep_their_entries_and_lose_their_domain(vae, table):
+    shuffled, mixture = (Palette(vae, table, source, length=1) for source in ("shuffled", "mixture"))
+    seeds = range(300)
+    z, origin = torch.cat(shuffled.draw(seeds)[1]), torch.cat(mixture.draw(seeds)[1])             # [300, k] each
+    assert torch.equal(z.sort().values, origin.sort().values) and (z != origin).any(1).all()
+    assert [shuffled.domain_of(seed) for seed in seeds] == [mixture.domain_of(seed) for seed in seeds]
+    domain = torch.tensor([vae.domains.index(shuffled.domain_of(seed)) for seed in seeds])
+    nearest = lambda latents: torch.cdist(latents, vae.domain_mean).argmin(1)
+    assert (nearest(origin) == domain).float().mean() > 0.95 and (nearest(z) == domain).float().mean() < 0.5
+
+
+def test_a_latent_comes_from_the_domain_that_is_named_or_from_none(vae, table):
+    assert [Palette(vae, table, source).domain_of(3) for source in ("math", "prior", "gauss")] == ["math", None, None]
+    assert Palette(None, table, "noise").domain_of(3) is None
