@@ -24,7 +24,9 @@ Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out
 import argparse
 import base64
 import copy
+import functools
 import html
+import itertools
 import json
 import math
 import os
@@ -163,8 +165,8 @@ def arms_of(names, domains, temperature, with_vae=True):
 
 
 # What decides an answer; the other flags may differ when an evaluation is resumed.
-SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples", "length", "independent", "temperature", "top_p",
-            "max_new_tokens", "dtype", "seed")
+SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples", "length", "independent", "temperature",
+            "top_p", "max_new_tokens", "dtype", "seed")
 
 
 def read_samples(out):
@@ -205,7 +207,7 @@ def finished_arms(args, tasks):
 
 
 def run_arms(lab, tasks, args):
-    """Answer --questions test rows of every task in every arm, adding each to samples.jsonl. Returns {benchmark: {arm: samples}}."""
+    """Answer --questions test rows of every task in every arm; samples.jsonl keeps them. Returns {benchmark: {arm: samples}}."""
     for task in tasks:
         if not task.test:
             raise ValueError(f"the task '{task.name}' has no test rows: give --test-data {task.name}=FILE")
@@ -215,17 +217,18 @@ def run_arms(lab, tasks, args):
         palette = Palette(lab.vae, lab.table, source, args.length, not args.independent) if source != "none" else None
         sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
         plan[arm] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
-    total = sum(len(task.test[:args.questions]) for task in tasks) * sum(samples for _, _, samples in plan.values())
     results = finished_arms(args, tasks)
+    asked = {task.name: task.test[:args.questions] for task in tasks}
+    total = sum(map(len, asked.values())) * sum(samples for _, _, samples in plan.values())
     with tqdm(total=total, desc="evaluate", unit="answer") as bar:
-        for task, (arm, (palette, sampling, samples)) in ((task, item) for task in tasks for item in plan.items()):
+        for task, arm in itertools.product(tasks, plan):
             bar.set_postfix_str(f"{task.name}, {arm}")
             known = results.setdefault(task.name, {})
             if arm in known:
                 bar.update(len(known[arm]))
                 continue
-            known[arm] = answer(lab.decoder, lab.tokenizer, task, task.test[:args.questions], palette, sampling, samples, args.seed,
-                                args.prompt, bar.update)
+            known[arm] = answer(lab.decoder, lab.tokenizer, task, asked[task.name], *plan[arm], args.seed, args.prompt,
+                                bar.update)
             write_samples(args.out, {task.name: {arm: known[arm]}}, add=True)
     return {task.name: {arm: results[task.name][arm] for arm in plan} for task in tasks}
 
@@ -249,7 +252,7 @@ def score(samples, ks):
                **{name: sum(s[name] for s in group) / n for name in ("answered", "undecided", "tokens")}}
         if "style" in group[0]:
             row.update({f"style {style}": sum(s["style"] == style for s in group) / n for style in STYLES})
-            row.update({"follows": sum(s["style"] == s["domain"] for s in group) / n} if "domain" in group[0] else {})
+            row.update({"follows": sum(s["style"] == s["domain"] for s in group) / n} if group[0].get("domain") in STYLES else {})
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     return columns
@@ -309,8 +312,9 @@ def arms_table(figures, against, compare="pass@8"):
              *([f"style {' / '.join(STYLES)}"] if styled else []), *(["follows domain"] if follows else [])]]
     for arm, row in figures.items():
         value = lambda name, digits: f"{row[name][0]:.{digits}f}"
-        rows.append([arm, *(value(name, 3) for name in shown), signed(row.get("difference", {}).get(compare)), value("majority", 3),
-                     value("answers", 1), value("tokens", 1), f"{1 - row['answered'][0]:.2f}", value("undecided", 2),
+        rows.append([arm, *(value(name, 3) for name in shown), signed(row.get("difference", {}).get(compare)),
+                     value("majority", 3), value("answers", 1), value("tokens", 1), f"{1 - row['answered'][0]:.2f}",
+                     value("undecided", 2),
                      *([" / ".join(value(f"style {style}", 2) for style in STYLES)] if styled else []),
                      *([value("follows", 2) if "follows" in row else ""] if follows else [])])
     return rows
@@ -325,14 +329,15 @@ def markdown(rows):
 def save_results(args, results, note):
     """Score the samples and write results.json, results.md and the pictures. Returns {benchmark: {arm: figures}}."""
     out, figures = Path(args.out), all_figures(results, powers(args.samples), args.against)
-    main_figures = figures.get("average", figures[next(iter(results))])
-    write_text(out / "results.json", json.dumps({"note": note, "arms": main_figures, "benchmarks": figures}, indent=1))
     shown = {name: rows for name, rows in figures.items() if name in results or name == "average"}
-    tables = [(f"{name}\n\n" if len(shown) > 1 else "") + markdown(arms_table(rows, args.against)) for name, rows in shown.items()]
-    text = "\n\n".join([*tables, note])
+    text, pictures = note, []
+    for name, rows in reversed(shown.items()):
+        text = ("" if len(shown) == 1 else f"{name}\n\n") + markdown(arms_table(rows, args.against)) + f"\n\n{text}"
+        pictures.insert(0, draw_pass_at_k(rows, out / ("pass_at_k.png" if len(shown) == 1 else f"pass_at_k-{name}.png")))
+    arms = figures.get("average", figures[next(iter(results))])
+    write_text(out / "results.json", json.dumps({"note": note, "arms": arms, "benchmarks": figures}, indent=1))
     write_text(out / "results.md", text + "\n")
-    pictures = [draw_pass_at_k(rows, out / f"pass_at_k{'' if len(shown) == 1 else '-' + name}.png") for name, rows in shown.items()]
-    print(f"\n{text}\nsaved {out}" + "".join(f", picture {picture}" for picture in pictures if picture))
+    print(f"\n{text}\nsaved {out}" + "".join(f", picture {path}" for path in pictures if path))
     return figures
 
 
@@ -357,18 +362,24 @@ def rl_figures(folders):
     curves = [[json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()] for path in folders]
     points = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
     ends = torch.tensor([ends[-1] for ends in points])
-    return {"start": points[0][0], "end": ends.tolist(), "mean": ends.mean().item(), "std": ends.std().item() if len(ends) > 1 else 0.0}
+    spread = ends.std().item() if len(ends) > 1 else 0.0
+    return {"start": points[0][0], "end": ends.tolist(), "mean": ends.mean().item(), "std": spread}
+
+
+def rl_rows(runs):
+    """Rows of text, the head first. runs: {name: rl_figures}."""
+    return [["run", "start", "end, by seed", "mean", "spread (std)"]] + [
+        [name, f"{row['start']:.3f}", ", ".join(f"{end:.3f}" for end in row["end"]), f"{row['mean']:.3f}", f"{row['std']:.3f}"]
+        for name, row in runs.items()]
 
 
 def rl_table(root, name, folders):
-    """The final accuracies of finished runs as Markdown: mean and spread over seeds for every schedule."""
-    table = {schedule: rl_figures(paths) for schedule, paths in folders.items()}
-    rows = [["schedule", "greedy pass@1 without prefix: start", "end, by seed", "mean", "spread (std)"]]
-    rows += [[f"{name} {schedule}", f"{row['start']:.3f}", ", ".join(f"{end:.3f}" for end in row["end"]), f"{row['mean']:.3f}",
-              f"{row['std']:.3f}"] for schedule, row in table.items()]
-    write_text(root / f"{name}.json", json.dumps(table, indent=1))
-    write_text(root / f"{name}.md", markdown(rows) + "\n")
-    return markdown(rows)
+    """The final greedy pass@1 without prefix of finished runs, {schedule: folders}, as NAME.json and Markdown (returned)."""
+    runs = {schedule: rl_figures(paths) for schedule, paths in folders.items()}
+    table = markdown(rl_rows({f"{name} {schedule}": row for schedule, row in runs.items()}))
+    write_text(root / f"{name}.json", json.dumps(runs, indent=1))
+    write_text(root / f"{name}.md", table + "\n")
+    return table
 
 
 def hardware(device):
@@ -419,35 +430,34 @@ def vae_with(folder, out, **changed):
 def analyse(lab, tasks, args, results):
     """--analyse: which region of latent space answers which questions, and does sampling z there help on *other* questions?
 
-    Of each benchmark, or family where its questions have one, every other question is kept aside. The z of the arm `latent`
-    and whether each answer was right, on the rest, give a Gaussian of right z and the z whose neighbours in latent space were
-    right most often. Both then answer the questions kept aside, against the prior and the domain that was best on the rest.
+    Of each benchmark, or family where its questions have one, every other question is kept aside. From the rest come the z of
+    the arm `latent` and whether each answer was right: a Gaussian of right z, the z whose neighbours were right most often, and
+    the best domain. These answer the questions kept aside, against the prior.
     """
-    table, maps = [], {}
-    arm = Palette(lab.vae, lab.table, "prior", args.length)
+    table, maps, out = [], {}, Path(args.out)
+    prior = Palette(lab.vae, lab.table, "prior", args.length)
     for task in tasks:
         rows = task.test[:args.questions]
         for family in dict.fromkeys(row.get("family") for row in rows):
-            name = f"{task.name}/{family}" if family else task.name
             own = [number for number, row in enumerate(rows) if row.get("family") == family]
             seen, kept = own[::2], own[1::2]
             pick = lambda arm, numbers: [s for s in results[task.name].get(arm, ()) if s["row"] in set(numbers)]
-            z = torch.cat(arm.draw([prefix_seed(args.seed, s["question"], s["sample"]) for s in pick("latent", seen)])[1])  # [N, k]
-            right = torch.tensor([s["accuracy"] for s in pick("latent", seen)])                                            # [N]
+            known = pick("latent", seen)
+            z = torch.cat(prior.draw([prefix_seed(args.seed, s["question"], s["sample"]) for s in known])[1])      # [N, k]
+            right = torch.tensor([s["accuracy"] for s in known])                                                   # [N]
             smooth = neighbourhood_mean(z, right)
-            maps[name] = z, smooth
-            domain = max(lab.vae.domains, key=lambda d: sum(s["accuracy"] for s in pick(d, seen)))
-            ask = lambda palette, n: answer(lab.decoder, lab.tokenizer, task, [rows[i] for i in kept], palette, Sampling(
-                0.0, max_new_tokens=args.max_new_tokens), n, args.seed, args.prompt)
-            found = Palette(vae_of_right(lab.vae, z[right == 1]), lab.table, "right answers", args.length)
+            domain = max(lab.vae.domains, key=lambda name: sum(s["accuracy"] for s in pick(name, seen)))
+            fitted = Palette(vae_of_right(lab.vae, z[right == 1]), lab.table, "right answers", args.length)
             best = Palette(lab.vae, lab.table, "prior", args.length, z=z[smooth.argmax()])
-            sources = {"latent": pick("latent", kept), f"domain {domain}": pick(domain, kept), "right answers": ask(found, args.samples),
-                       "best latent, one sample": ask(best, 1)}
-            figures = figures_of({source: [score(samples, powers(args.samples))] for source, samples in sources.items() if samples}, "latent")
-            head, *body = arms_table(figures, "latent", "pass@1")
-            table = table or [["questions kept aside", *head]]
-            table += [[f"{name} ({len(kept)})", *row] for row in body]
-    out = Path(args.out)
+            ask = lambda palette, n: answer(lab.decoder, lab.tokenizer, task, [rows[i] for i in kept], palette,
+                                            Sampling(0.0, max_new_tokens=args.max_new_tokens), n, args.seed, args.prompt)
+            arms = {"latent": pick("latent", kept), f"domain {domain}": pick(domain, kept),
+                    "right answers": ask(fitted, args.samples), "best latent, one sample": ask(best, 1)}
+            scores = {arm: [score(samples, powers(args.samples))] for arm, samples in arms.items() if samples}
+            head, *body = arms_table(figures_of(scores, "latent"), "latent", "pass@1")
+            name = f"{task.name}/{family}" if family else task.name
+            table = (table or [["questions kept aside", *head]]) + [[f"{name} ({len(kept)})", *row] for row in body]
+            maps[name] = z, smooth
     write_text(out / "analysis.json", json.dumps({"table": table}, indent=1))
     write_text(out / "analysis.md", markdown(table) + "\n")
     print(f"\n{markdown(table)}\npicture {draw_reward_map(lab.vae, maps, out / 'reward_map.png')}")
@@ -460,7 +470,7 @@ def neighbourhood_mean(z, values, neighbours=32):
 
 
 def vae_of_right(vae, z):
-    """The VAE with one domain, "right answers": a Gaussian over z [N, k], shrunk towards the prior by k pseudo-counts (our choice)."""
+    """The VAE with one domain, "right answers": a Gaussian over z [N, k], drawn to the prior by k pseudo-counts (our choice)."""
     found, k = copy.deepcopy(vae), vae.latent
     mean = z.sum(0) / (len(z) + k)
     centred = z - mean
@@ -475,30 +485,29 @@ def vae_of_right(vae, z):
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]     # Okabe and Ito's, for every eye
 
 
-def pyplot():
-    """matplotlib's pyplot without a screen, or None with a line on how to get it."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        pyplot.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True, "savefig.dpi": 120,
-                                "axes.prop_cycle": pyplot.cycler(color=COLOURS)})
-        return pyplot
-    except ImportError:
-        print('no pictures: matplotlib is missing (pip install -e ".[plots]")')
+def picture(draw):
+    """Turn draw(pyplot, ..., path) -> figure into a function of (..., path) that saves the figure and returns the path; without
+    matplotlib it returns None, with a line on how to get it."""
+    @functools.wraps(draw)
+    def save(*arguments):
+        try:
+            import matplotlib
+            matplotlib.use("Agg")
+            from matplotlib import pyplot
+        except ImportError:
+            return print('no pictures: matplotlib is missing (pip install -e ".[plots]")')
+        with pyplot.rc_context({"axes.grid": True, "grid.alpha": 0.3, "figure.constrained_layout.use": True, "savefig.dpi": 120,
+                                "axes.prop_cycle": pyplot.cycler(color=COLOURS)}):
+            figure = draw(pyplot, *arguments[:-1])
+            figure.savefig(arguments[-1])
+        pyplot.close(figure)
+        return arguments[-1]
+    return save
 
 
-def save_picture(figure, path):
-    figure.savefig(path)
-    pyplot().close(figure)
-    return path
-
-
-def draw_pass_at_k(figures, path):
+@picture
+def draw_pass_at_k(plt, figures):
     """pass@k over k for every arm; greedy, with its one sample, as a level line. Arms without a latent are dashed."""
-    plt = pyplot()
-    if plt is None:
-        return None
     figure, axis = plt.subplots(figsize=(7.5, 4.2))
     for i, (arm, row) in enumerate(figures.items()):
         points = {int(name[5:]): value[0] for name, value in row.items() if name.startswith("pass@")}
@@ -509,37 +518,33 @@ def draw_pass_at_k(figures, path):
     axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
     axis.set(xlabel="k (samples a question)", ylabel="pass@k", ylim=(0, 1.02))
     figure.legend(loc="outside right center", fontsize=9)
-    return save_picture(figure, path)
+    return figure
 
 
-def draw_sweep(points, path):
+@picture
+def draw_sweep(plt, points):
     """One panel an axis: pass@8 (or the largest k there is, if smaller) of each arm along it."""
-    plt = pyplot()
-    if plt is None:
-        return None
     figure, axes = plt.subplots(1, len(points), figsize=(3.6 * len(points) + 1.5, 3.4), sharey=True, squeeze=False)
     for axis, (name, values) in zip(axes[0], points.items()):
         arms = next(iter(values.values()))
         k = max((k for k in next(iter(arms.values())) if k.startswith("pass@") and int(k[5:]) <= 8), key=lambda k: int(k[5:]))
         for i, arm in enumerate(arms):
-            axis.errorbar(range(len(values)), [row[arm][k][0] for row in values.values()], [row[arm][k][1] for row in values.values()],
-                          marker="osD^v"[i % 5], markersize=4, capsize=2, label=arm)
+            mean, error = zip(*(row[arm][k] for row in values.values()))
+            axis.errorbar(range(len(values)), mean, error, marker="osD^v"[i % 5], markersize=4, capsize=2, label=arm)
         axis.set(xlabel={"length": "prefix rows L", "beta": "beta of the VAE"}.get(name, name), ylabel=f"{k} ± standard error",
                  ylim=(0, 1.02), xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    return save_picture(figure, path)
+    return figure
 
 
-def draw_reward_map(vae, maps, path):
-    """The reward map: every z of the arm `latent` by the first two principal directions of the prefixes it decodes to, coloured by
-    how often its neighbours in latent space were right; one panel a family. Crosses: where the domains' Gaussians are centred."""
-    plt = pyplot()
-    if plt is None:
-        return None
+@picture
+def draw_reward_map(plt, vae, maps):
+    """The reward map: every z of the arm `latent` by the first two principal directions of the prefixes it decodes to, coloured
+    by how often its neighbours in latent space were right; one panel a family. Crosses: the centres of the domains' Gaussians."""
     figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps) + 1, 4), sharex=True, sharey=True, squeeze=False)
-    sizes = [len(z) for z, _ in maps.values()]
-    *parts, centres = pca(vae.decode(torch.cat([*(z for z, _ in maps.values()), vae.domain_mean]))).split([*sizes, len(vae.domains)])
-    for axis, (name, (z, smooth)), places in zip(axes[0], maps.items(), parts):                   # places [N, 2]
+    parts = [vae.decode(z) for z, _ in maps.values()] + [vae.decode(vae.domain_mean)]
+    *parts, centres = pca(torch.cat(parts)).split([len(part) for part in parts])                  # [N, 2] each, [domains, 2]
+    for axis, (name, (z, smooth)), places in zip(axes[0], maps.items(), parts):
         dots = axis.scatter(*places.T, c=smooth, s=9, cmap="viridis", vmin=0, vmax=1)
         for domain, place in zip(vae.domains, centres.tolist()):
             axis.plot(*place, "x", color="#D55E00", markersize=9, markeredgewidth=2.5)
@@ -547,7 +552,7 @@ def draw_reward_map(vae, maps, path):
                           bbox=dict(boxstyle="round,pad=0.1", color="white", alpha=0.8))
         axis.set(title=f"{name}: {len(z)} latents", xlabel="1st principal direction", ylabel="2nd", xticks=[], yticks=[])
     figure.colorbar(dots, ax=axes, label="share right among the 32 nearest latents")
-    return save_picture(figure, path)
+    return figure
 
 
 def running_mean(points, width=5):
@@ -555,12 +560,10 @@ def running_mean(points, width=5):
     return {points[i][0]: sum(y for _, y in points[max(0, i - width + 1):i + 1]) / min(i + 1, width) for i in range(len(points))}
 
 
-def draw_curves(folders, path):
+@picture
+def draw_curves(plt, folders):
     """Learning curves of RL runs (Fig. 6): reward of guided and unguided rollouts (running mean of 5 steps), and greedy accuracy
     without prefix. Runs whose folders differ in the seed alone are one line, their mean, in a band from the least to the most."""
-    plt = pyplot()
-    if plt is None:
-        return None
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True)
     titles = {"reward_guided": "reward of guided rollouts", "reward_unguided": "reward of unguided rollouts",
               "eval_accuracy": "greedy accuracy without prefix"}
@@ -576,20 +579,56 @@ def draw_curves(folders, path):
             values = [[curve[step] for curve in curves if step in curve] for step in steps]
             style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":", "-.")[i % 4])
             axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(paths)} seeds)")
-            axis.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=style["color"], alpha=0.15, linewidth=0)
+            axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, linewidth=0)
     for axis, title in zip(axes, titles.values()):
         axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
     axes[0].set_ylabel("mean over rollouts or questions")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    return save_picture(figure, path)
+    return figure
 
 
 # ---- the paper's figures and tables in miniature ------------------------------------------------------------------------
 
+# The paper's figures, by the name of our row: Table 1 (pass@8), Table 2 (pass@32), Table 3 (average pass@1).
+PAPER_DOMAINS = {"code": ".708 / .430 / .945", "math": ".724 / .461 / .950", "qa": ".710 / .455 / .936"}
+PAPER_ARMS = {"greedy": ".020 / .020 / .047", "sampling": ".651 / .626 / .720", "latent": ".721 / .731 / .731",
+              "latent + sampling": ".875 / .860 / .857"}
+PAPER_RL = {"grpo none": ".212 / .583 / .601", "grpo two-phase": ".229 / .608 / .606", "grpo linear": ".241 / .601 / .612",
+            "rloo none": ".218 / .594 / .599", "rloo two-phase": ".228 / .607 / .623", "rloo linear": ".235 / .613 / .630"}
+
+Section = namedtuple("Section", "title command picture text")             # of the page; command: its key in reproduce_commands
+CURVES = "Line: mean over seeds; band: lowest to highest. Paper: latent variants learn slower at first, then pass the baseline."
+SECTIONS = (
+    Section("Is the gain really from the latent?", "all", None,
+            "What speaks for the paper's account in this miniature, and what against. Arms: differences on the same questions, "
+            "paired bootstrap 95% interval. RL: mean ± standard deviation over seeds."),
+    Section("Figure 1: one noise token before the prompt", "noise-token", "noise-token/pass_at_k.png",
+            "A Gaussian vector with the norm of a token embedding before the prompt of the base model, greedy. Paper "
+            "(Qwen3-4B-Base, GSM8K): pass@32 rises from .529 to .853."),
+    Section("Figure 3: latents and decoded prefixes", "grpo", "vae/latents.png",
+            "100 traces a domain, as in the paper; there as here they cluster by domain. (The domains of the tiny world differ "
+            "in their words, so this is no surprise.)"),
+    Section("Table 1: the domain of the latents against the task", "arms", None,
+            "pass@8, greedy, latents of one domain; controls: shuffled latents, and the prior (latent). The paper's model and tasks "
+            "are others: compare the pattern, not the numbers."),
+    Section("Table 2: sampling, latents, and both", "arms", "arms/pass_at_k.png",
+            "The paper's arms (Qwen2.5-VL-3B, pass@32) and controls: noise, gauss (a Gaussian on h, no VAE), shuffled. follows "
+            "domain: share of answers in the style of their latent's domain."),
+    Section("Table 3: RL with injected latents", "grpo", None,
+            "Greedy pass@1 without prefix; the paper's is the average over five benchmarks. ...-noise: the control, noise "
+            "prefixes instead of latents."),
+    Section("Figure 6: learning curves of GRPO", "grpo", "grpo.png", CURVES),
+    Section("Figure 6: learning curves of RLOO", "rloo", "rloo.png", CURVES),
+    Section("Which latents are right", "arms", "arms/reward_map.png",
+            "Not in the paper. On half of the questions a Gaussian is fitted to the z of right answers, and the z with the most "
+            "successful neighbours is picked; the table shows both on the other half."))
+
+
 def reproduce_commands(args):
     """{name: command line of --reproduce}; the first one builds the base model, the VAE and the warm-ups that the others use."""
     small = ["--base-steps", "60", "--steps", "4", "--eval-questions", "16"] if args.quick else []
-    grpo = ["grpo.py", "--base-seed", args.base_seed, "--seed", *args.seeds, "--arms", "none", "--resume", *small, "--out", args.out]
+    grpo = ["grpo.py", "--base-seed", args.base_seed, "--seed", *args.seeds, "--arms", "none", "--resume", *small, "--out",
+            args.out]
     noise = ["--schedule", "two-phase", "linear", "--source", "noise"]
     asked = ["--questions", "8", "--samples", "8"] if args.quick else ["--questions", "128"]
     measure = ["evaluate.py", "--vae", f"{args.out}/vae", "--resume", *asked]
@@ -603,19 +642,20 @@ def reproduce_commands(args):
 
 def run_command(name, command, out):
     """Run one command on one thread, its output in OUT/logs/NAME.txt; not again where it has finished. Returns its minutes."""
-    record, log = out / "logs" / f"{name}.json", out / "logs" / f"{name}.txt"
-    if record.is_file() and json.loads(record.read_text())["command"] == command:
-        return json.loads(record.read_text())["minutes"]
-    print("python " + shlex.join(command), flush=True)
-    began = time.time()
-    with open(log, "a") as file:
-        done = subprocess.run([sys.executable, str(Path(__file__).with_name(command[0])), *command[1:]], stdout=file, stderr=file,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        last = (log.read_text().replace("\r", "\n").strip() or "no output").split("\n")[-1]
-        raise ValueError(f"{shlex.join(command)} failed ({last}); see {log}; the same --reproduce goes on where it stopped")
-    write_text(record, json.dumps({"command": command, "minutes": (time.time() - began) / 60}))
-    return (time.time() - began) / 60
+    record, log, began = out / "logs" / f"{name}.json", out / "logs" / f"{name}.txt", time.time()
+    known = json.loads(record.read_text()) if record.is_file() else {}
+    if known.get("command") != command:
+        print("python " + shlex.join(command), flush=True)
+        script = str(Path(__file__).with_name(command[0]))
+        with open(log, "a") as file:
+            done = subprocess.run([sys.executable, script, *command[1:]], stdout=file, stderr=file,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            last = (log.read_text().replace("\r", "\n").strip() or "no output").split("\n")[-1]
+            raise ValueError(f"{shlex.join(command)} failed ({last}); see {log}; the same --reproduce goes on where it stopped")
+        known = {"command": command, "minutes": (time.time() - began) / 60}
+        write_text(record, json.dumps(known))
+    return known["minutes"]
 
 
 def reproduce(args):
@@ -626,113 +666,65 @@ def reproduce(args):
     minutes = [run_command(first, commands[first], out)]
     with ThreadPoolExecutor(2) as pool:
         minutes += pool.map(lambda name: run_command(name, commands[name], out), others)
-    note = (f"tiny world, base seed {args.base_seed}, RL seeds {' '.join(map(str, args.seeds))}; {date.today()}; {os.cpu_count()} CPU "
-            f"cores, one thread a process, {sum(minutes):.0f} process minutes; torch {torch.__version__}")
-    sections = [*arm_sections(out), *rl_sections(out), *latent_sections(out)]
-    for section in sections:
-        section["command"] = "python " + shlex.join(commands[section["command"]])
-    verdicts = {"title": "Is the gain really from the latent?", "rows": verdict_rows(out),
-                "text": "What went for the paper's account in this miniature, and what went against it. Differences are on the same "
-                        "questions, with a paired bootstrap 95% interval; ± is the standard deviation over RL seeds.",
-                "command": f"python evaluate.py --reproduce --base-seed {args.base_seed} --seeds {' '.join(map(str, args.seeds))}"}
-    write_text(out / "results.json", json.dumps({"note": note, "sections": [verdicts, *sections]}, indent=1))
-    write_text(out / "index.html", page([verdicts, *sections], note, out))
-    print(f"\n{markdown(verdicts['rows'])}\n\n{note}\nthe page: {out / 'index.html'}")
+    commands["all"] = ["evaluate.py", "--reproduce", "--base-seed", str(args.base_seed), "--seeds", *map(str, args.seeds)]
+    seeds = " ".join(map(str, args.seeds))
+    note = (f"tiny world, base seed {args.base_seed}, RL seeds {seeds}; {date.today()}; {os.cpu_count()} CPU cores, "
+            f"one thread a process, {sum(minutes):.0f} process minutes in all; torch {torch.__version__}")
+    sections = [{**section._asdict(), "command": "python " + shlex.join(commands[section.command]), "rows": rows}
+                for section, rows in zip(SECTIONS, reproduced_tables(out))]
+    write_text(out / "results.json", json.dumps({"note": note, "sections": sections}, indent=1))
+    write_text(out / "index.html", page(sections, note, out))
+    print(f"\n{markdown(sections[0]['rows'])}\n\n{note}\nthe page: {out / 'index.html'}")
 
 
-PAPER_ARMS = {"greedy": ".020 / .020 / .047", "sampling": ".651 / .626 / .720", "latent": ".721 / .731 / .731",
-              "latent + sampling": ".875 / .860 / .857"}                                           # Table 2
-PAPER_DOMAINS = {"code": ".708 / .430 / .945", "math": ".724 / .461 / .950", "qa": ".710 / .455 / .936"}        # Table 1
-PAPER_RL = {"grpo": (".212 / .583 / .601", ".229 / .608 / .606", ".241 / .601 / .612"),                        # Table 3
-            "rloo": (".218 / .594 / .599", ".228 / .607 / .623", ".235 / .613 / .630")}
+def beside(rows, title, paper):
+    """A table with the paper's figures as its second column; paper: {first cell of the row: text}."""
+    return [[row[0], paper.get(row[0], "") if i else title, *row[1:]] for i, row in enumerate(rows)]
 
 
-def arm_sections(out):
-    """Fig. 1, Tables 1 and 2."""
-    token = json.loads((out / "noise-token" / "results.json").read_text())["arms"]
-    figures = json.loads((out / "arms" / "results.json").read_text())["benchmarks"]
+def reproduced_tables(out):
+    """The table of every section, or None, from the folders that the commands filled; also draws Fig. 6."""
+    load = lambda name: json.loads((out / name).read_text())
+    token, figures = load("noise-token/results.json")["arms"], load("arms/results.json")["benchmarks"]
+    k = [name for name in token["noise"] if name.startswith("pass@")][-1]
     families = [name for name in figures if "/" in name]
-    k = max((name for name in token["noise"] if name.startswith("pass@")), key=lambda name: int(name[5:]))
-    value = lambda row, name: f"{row[name][0]:.3f}"
-    table1 = [["latents of", "paper, pass@8: MATH500 / Olympiad / GSM8K", *(f"ours, pass@8: {name}" for name in families)]]
-    table1 += [[arm, PAPER_DOMAINS.get(arm, ""), *(value(figures[name][arm], "pass@8") for name in families)]
-               for arm in (*PAPER_DOMAINS, "shuffled", "latent")]
-    table2 = arms_table(figures["tiny"], "sampling", k)
-    table2 = [[row[0], PAPER_ARMS.get(row[0], "") if i else "paper, pass@32: RefCOCO / + / g", *row[1:]] for i, row in enumerate(table2)]
-    return [
-        {"title": "Figure 1: one noise token before the prompt", "command": "noise-token", "picture": "noise-token/pass_at_k.png",
-         "text": "One Gaussian vector with the norm of a token embedding stands before the prompt of the base model; decoding is greedy. "
-                 f"Paper (Qwen3-4B-Base, GSM8K): pass@32 rises from .529 to .853. Ours, {k}: greedy {value(token['greedy'], k)}, noise "
-                 f"token {value(token['noise'], k)}, token sampling {value(token['sampling'], k)}."},
-        {"title": "Table 1: the domain of the latents against the task", "command": "arms", "rows": table1,
-         "text": "Greedy decoding under latents of one domain; shuffled and latent (the prior) as controls. Models and tasks of the "
-                 "paper are others: compare the pattern, not the numbers."},
-        {"title": "Table 2: sampling, latents, and both", "command": "arms", "rows": table2, "picture": "arms/pass_at_k.png",
-         "text": "The paper's arms (Qwen2.5-VL-3B) beside ours, with the controls noise, gauss (a Gaussian on h, no VAE) and shuffled. "
-                 "follows domain: share of answers in the style of their latent's domain."}]
+    domains = [["latents of", *(f"ours, pass@8 on {name}" for name in families)]]
+    for arm in (*PAPER_DOMAINS, "shuffled", "latent"):
+        domains.append([arm, *(f"{figures[name][arm]['pass@8'][0]:.3f}" for name in families)])
+    runs = {}
+    for algorithm in ("grpo", "rloo"):
+        kinds = ("none", "two-phase", "linear", "two-phase-noise", "linear-noise")
+        folders = {f"{algorithm} {kind}": sorted(out.glob(f"{algorithm}-{kind}-s*")) for kind in kinds}
+        runs.update({name: rl_figures(paths) for name, paths in folders.items()})
+        draw_curves([path for paths in folders.values() for path in paths], out / f"{algorithm}.png")
+    return [verdicts(read_samples(out / "arms")["tiny"], runs), arms_table(token, "sampling", k), None,
+            beside(domains, "paper: MATH500 / Olympiad / GSM8K", PAPER_DOMAINS),
+            beside(arms_table(figures["tiny"], "sampling", k), "paper: RefCOCO / + / g", PAPER_ARMS),
+            beside(rl_rows(runs), "paper: 1.7B / 4B / 8B", PAPER_RL), None, None, load("arms/analysis.json")["table"]]
 
 
-def rl_runs(out):
-    """{algorithm: {schedule: rl_figures}}, with "two-phase-noise" and "linear-noise" for the control."""
-    schedules = ("none", "two-phase", "linear", "two-phase-noise", "linear-noise")
-    return {algorithm: {schedule: rl_figures(sorted(out.glob(f"{algorithm}-{schedule}-s*"))) for schedule in schedules}
-            for algorithm in PAPER_RL}
-
-
-def rl_sections(out):
-    """Table 3 and Fig. 6."""
-    table = [["algorithm", "injection", "paper, pass@1: 1.7B / 4B / 8B", "ours: start", "end, by seed", "mean", "spread (std)"]]
-    for algorithm, schedules in rl_runs(out).items():
-        paper = dict(zip(("none", "two-phase", "linear"), PAPER_RL[algorithm]))
-        table += [[algorithm, schedule, paper.get(schedule, ""), f"{row['start']:.3f}", " / ".join(f"{x:.3f}" for x in row["end"]),
-                   f"{row['mean']:.3f}", f"{row['std']:.3f}"] for schedule, row in schedules.items()]
-        draw_curves([path for schedule in schedules for path in sorted(out.glob(f"{algorithm}-{schedule}-s*"))], out / f"{algorithm}.png")
-    return [
-        {"title": "Table 3: RL with injected latents", "command": "grpo", "rows": table,
-         "text": "Greedy pass@1 without prefix, before and after RL; ours on 256 questions of the tiny world, the paper's the average "
-                 "over five benchmarks (Qwen3 of three sizes). ...-noise: the control, noise prefixes instead of latents."},
-        *({"title": f"Figure 6: learning curves, {algorithm}", "command": algorithm, "picture": f"{algorithm}.png",
-           "text": "Line: mean over seeds; band: least to most. The paper's latent variants learn slower at first and pass the baseline "
-                   "in the second half."} for algorithm in PAPER_RL)]
-
-
-def latent_sections(out):
-    """Fig. 3, and what the paper has not: the reward map and the sweep."""
-    table = lambda name: json.loads((out / name).read_text())["table"]
-    return [
-        {"title": "Figure 3: latents and decoded prefixes", "command": "grpo", "picture": "vae/latents.png",
-         "text": "100 traces a domain, as in the paper; there as here they cluster by domain. (The tiny world's domains differ in their "
-                 "words, so this is no surprise.)"},
-        {"title": "Which latents are right", "command": "arms", "picture": "arms/reward_map.png", "rows": table("arms/analysis.json"),
-         "text": "Not in the paper. On half of the questions, a Gaussian is fitted to the z of right answers, and the z with the most "
-                 "successful neighbours is picked; the table shows them on the other half, against the prior."}]
-
-
-def verdict_rows(out):
-    """The questions that the controls answer, each with its figures and whether they speak for the paper's account."""
-    results = read_samples(out / "arms")
-    samples = max(s["sample"] for s in results["tiny"]["sampling"]) + 1
-    against = {arm: all_figures(results, powers(samples), arm)["tiny"] for arm in ("sampling", "noise + sampling", "gauss", "shuffled")}
-    follows = {arm: row["follows"][0] for arm, row in against["gauss"].items() if "follows" in row}
-    domains = [f"{arm} {share:.2f}" for arm, share in follows.items()]
-    steered = min(share for arm, share in follows.items() if arm != "shuffled")
+def verdicts(samples, runs):
+    """The questions that the controls answer: rows of question, figures, and whether these speak for the paper's account."""
+    n = max(sample["sample"] for sample in samples["sampling"]) + 1
+    scores = {arm: [score(own, powers(n))] for arm, own in samples.items()}
+    follows = {arm: mean_and_error(part["follows"])[0] for arm, (part,) in scores.items() if "follows" in part}
+    steered = all(share >= 0.9 for arm, share in follows.items() if arm != "shuffled") and follows["shuffled"] < 0.6
     rows = [["question", "figures", "verdict"],
-            ["Does the domain of a latent set the style of the answer?", "follows domain: " + ", ".join(domains),
-             "for" if steered >= 0.9 and follows["shuffled"] < 0.6 else "against"]]
+            ["Does the domain of a latent set the style of the answer?", "follows domain: " + ", ".join(
+                f"{arm} {share:.2f}" for arm, share in follows.items()), "for" if steered else "against"]]
     for arm, other, k, question in (
-            ("latent + sampling", "sampling", f"pass@{samples}", "Do latents with sampling beat sampling?"),
+            ("latent + sampling", "sampling", f"pass@{n}", "Do latents with sampling beat sampling?"),
             ("latent + sampling", "noise + sampling", "pass@8", "Do they beat noise prefixes with sampling?"),
             ("latent", "gauss", "pass@8", "Is the VAE better than a plain Gaussian on h?"),
             ("latent", "shuffled", "pass@8", "Are latents better than shuffled ones?")):
-        difference = against[other][arm]["difference"][k]
+        difference = figures_of({arm: scores[arm], other: scores[other]}, other)[arm]["difference"][k]
         rows.append([question, f"{arm} against {other}, {k}: {signed(difference)}", "for" if difference[1] > 0 else "against"])
-    for algorithm, runs in rl_runs(out).items():
-        for name, other in (("two-phase", "none"), ("linear", "none"), ("two-phase", "two-phase-noise"), ("linear", "linear-noise")):
-            a, b = runs[name], runs[other]
-            spread = math.hypot(a["std"], b["std"])
-            rows.append([f"{algorithm.upper()}: is {name} injection better than {other}?",
+    for algorithm, kind in (("grpo", "two-phase"), ("grpo", "linear"), ("rloo", "two-phase"), ("rloo", "linear")):
+        for other in ("none", f"{kind}-noise"):
+            a, b = runs[f"{algorithm} {kind}"], runs[f"{algorithm} {other}"]
+            rows.append([f"RL with {algorithm}: is {kind} better than {other}?",
                          f"{a['mean']:.3f} ± {a['std']:.3f} against {b['mean']:.3f} ± {b['std']:.3f}",
-                         "for" if a["mean"] - b["mean"] > max(spread, 0.01) else "against"])
+                         "for" if a["mean"] - b["mean"] > max(math.hypot(a["std"], b["std"]), 0.01) else "against"])
     return rows
 
 
@@ -755,14 +747,15 @@ def page(sections, note, folder):
     """The sections as one HTML page without any outside file: pictures stand in it as base64 PNG."""
     parts = []
     for section in sections:
-        parts.append(f"<h2>{html.escape(section['title'])}</h2>\n<p>{html.escape(section['text'])}</p>")
-        if "rows" in section:
+        title, rows, picture = html.escape(section["title"]), section["rows"], folder / (section["picture"] or "none")
+        parts.append(f"<h2>{title}</h2>\n<p>{html.escape(section['text'])}</p>")
+        if rows:
             cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            lines = [f"<tr>{cells(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(section["rows"])]
+            lines = [f"<tr>{cells(row, 'td' if i else 'th')}</tr>" for i, row in enumerate(rows)]
             parts.append('<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>")
-        if "picture" in section and (folder / section["picture"]).is_file():
-            picture = base64.b64encode((folder / section["picture"]).read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(section["title"])}" src="data:image/png;base64,{picture}">')
+        if picture.is_file():
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
         parts.append(f'<p class="note"><code>{html.escape(section["command"])}</code><br>{html.escape(note)}</p>')
     return PAGE.format(body="\n".join(parts))
 
@@ -782,8 +775,8 @@ def parse_args(argv=None):
     data.add_argument("--questions", type=int, default=64, help="test questions a task (default: 64)")
     data.add_argument("--out", help="where the results go (default: runs/tiny/evaluation; runs/reproduce for --reproduce)")
     arms = parser.add_argument_group("arms")
-    arms.add_argument("--arms", nargs="+", metavar="ARM", help="greedy, sampling, noise, gauss, shuffled, latent, 'noise + sampling', "
-                      "'gauss + sampling', 'latent + sampling', a domain, or all (default: all)")
+    arms.add_argument("--arms", nargs="+", metavar="ARM", help="greedy, sampling, noise, gauss, shuffled, latent, "
+                      "'noise + sampling', 'gauss + sampling', 'latent + sampling', a domain, or all (default: all)")
     arms.add_argument("--against", default="sampling", metavar="ARM", help="reference of the differences (default: sampling)")
     arms.add_argument("--samples", type=int, default=32, help="samples a question in every arm but greedy (default: 32)")
     arms.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
@@ -819,10 +812,11 @@ def checked(parser, args):
         args.arms = list(dict.fromkeys([*args.arms, "latent"]))
     if args.analyse and (args.independent or args.vae == "none" or args.length == 0):
         parser.error("--analyse needs a VAE and one latent a sample: drop --independent, --vae none or --length 0")
-    named = dict(item.split("=", 1) if item.split("=", 1)[0] in args.task else (args.task[0], item) for item in args.test_data or ())
-    if len(named) < len(args.test_data or ()) or len(args.task) > 1 and any("=" not in item for item in args.test_data or ()):
+    given = [item.partition("=")[::2] if item.partition("=")[0] in args.task else (None, item) for item in args.test_data or ()]
+    if len(dict(given)) < len(given) or None in dict(given) and len(args.task) > 1:
         parser.error("--test-data with several tasks takes TASK=SOURCE for each, e.g. gsm8k=gsm8k_test.jsonl")
-    args.test_data, axes = named, {"length": int, "beta": float, "temperature": float, "top_p": float}
+    args.test_data = {name or args.task[0]: source for name, source in given}
+    axes = {"length": int, "beta": float, "temperature": float, "top_p": float}
     try:
         args.sweep = {axis: [axes[axis](value) for value in values.split(",")]
                       for axis, _, values in (item.partition("=") for item in args.sweep or ())}
@@ -845,8 +839,9 @@ def main(argv=None):
     model, tokenizer = load_policy(args.model, device, getattr(torch, args.dtype))
     lab = Lab(Decoder(model, end_ids(model, tokenizer), args.slots), tokenizer, model.get_input_embeddings().weight.detach(), vae)
     asked = ", ".join(f"{len(task.test[:args.questions])} questions of {task.name}" for task in tasks)
-    note = lambda: (f"{args.model}: {asked} x {args.samples} samples, L = {args.length} {'independent' if args.independent else 'tiled'}, "
-                    f"seed {args.seed}; {date.today()}, {time.time() - began:.0f} s on {hardware(device)}")
+    tiling = "independent" if args.independent else "tiled"
+    note = lambda: (f"{args.model}: {asked} x {args.samples} samples, L = {args.length} {tiling}, seed {args.seed}; "
+                    f"{date.today()}, {time.time() - began:.0f} s on {hardware(device)}")
     if args.sweep:
         return sweep(lab, tasks, args, note)
     results = run_arms(lab, tasks, args)

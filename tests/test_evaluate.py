@@ -4,6 +4,8 @@ import json
 import math
 import random
 import shutil
+from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -182,7 +184,7 @@ def evaluation(tmp_path_factory, policy_folder, vae):
     pytest.importorskip("matplotlib", reason='the pictures need the extra "plots"')
     root = tmp_path_factory.mktemp("evaluation")
     vae.save(root / "vae")
-    argv = ["--model", str(policy_folder), "--vae", str(root / "vae"), "--questions", "4", "--samples", "4", "--max-new-tokens", "6"]
+    argv = ["--model", str(policy_folder), "--vae", str(root / "vae"), "--questions", "4", "--samples", "8", "--max-new-tokens", "6"]
     return argv, root / "out", evaluate.main([*argv, "--out", str(root / "out"), "--analyse"])
 
 
@@ -190,7 +192,7 @@ def test_the_command_writes_table_samples_and_picture(evaluation):
     _, out, figures = evaluation
     arms = read_samples(out)["tiny"]
     assert set(figures["tiny"]) == set(arms) and {arm: len(samples) for arm, samples in arms.items()} == {
-        arm: 4 if arm == "greedy" else 16 for arm in arms}
+        arm: 4 if arm == "greedy" else 32 for arm in arms}
     saved = json.loads((out / "results.json").read_text())
     assert saved["arms"]["latent"]["pass@4"] == list(mean_and_error(score(arms["latent"], [4])["pass@4"]))
     assert set(saved["benchmarks"]) == {"tiny", "tiny/arith", "tiny/list"}
@@ -330,3 +332,82 @@ def test_learning_curves_are_drawn_from_metrics(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = evaluate.draw_curves(sorted(tmp_path.iterdir()), tmp_path / "curves.png")
     assert path.stat().st_size > 1000
+
+
+def curves(folder, ends, steps=6):
+    """A finished run's metrics, from 0.1 to the end given."""
+    folder.mkdir(parents=True)
+    rows = [{"step": 0, "eval_accuracy": 0.1}] + [{"step": step, "reward_guided": step / steps, "reward_unguided": 0.2} for step in range(1, steps)]
+    rows += [{"step": steps, "reward_guided": None, "reward_unguided": 0.3, "eval_accuracy": ends}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_every_command_of_the_reproduction_is_one_its_script_accepts(tmp_path):
+    import grpo
+    for quick in ([], ["--quick"]):
+        args = evaluate.parse_args(["--reproduce", "--out", str(tmp_path), "--seeds", "3", "4", *quick])
+        commands = evaluate.reproduce_commands(args)
+        assert {section.command for section in evaluate.SECTIONS} <= {"all", *commands}
+        for script, *argv in commands.values():
+            parsed = {"grpo.py": grpo, "evaluate.py": evaluate}[script].parse_args(argv)
+            assert parsed.resume and parsed.out.startswith(str(tmp_path))
+    assert commands["rloo"][commands["rloo"].index("--seed") + 1:][:2] == ["3", "4"]
+
+
+class Page(HTMLParser):
+    """Collects tags, checks that they close in order, and keeps every address."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.addresses = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+
+def test_the_reproduction_makes_one_self_contained_page_and_skips_what_is_done(evaluation, tmp_path, monkeypatch):
+    _, done, _ = evaluation
+    ran, argv = [], ["--reproduce", "--seeds", "0", "1", "--out", str(tmp_path)]
+
+    def run(command, stdout, **_):
+        ran.append(Path(command[1]).name)
+        if "--arms" in command and "evaluate.py" in command[1] or "--analyse" in command:
+            shutil.copytree(done, command[command.index("--out") + 1])
+        elif "--source" not in command:
+            algorithm = "rloo" if "rloo" in command else "grpo"
+            for kind, end in (("none", 0.2), ("two-phase", 0.9), ("linear", 0.8), ("two-phase-noise", 0.9), ("linear-noise", 0.2)):
+                for seed in range(2):
+                    curves(tmp_path / f"{algorithm}-{kind}-s{seed}", end + 0.01 * seed)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", run)
+    evaluate.main(argv)
+    assert len(ran) == 6 and ran[0] == "grpo.py"
+    text = (tmp_path / "index.html").read_text()
+    page = Page(text)
+    assert page.addresses and all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert page.tags.count("img") == 5 and page.tags.count("table") == 6 and not {"script", "link", "iframe"} & set(page.tags)
+    assert "url(" not in text and "@import" not in text
+    rows = {row[0]: row[-1] for row in json.loads((tmp_path / "results.json").read_text())["sections"][0]["rows"]}
+    assert rows["RL with grpo: is two-phase better than none?"] == "for" and rows["RL with rloo: is linear better than linear-noise?"] == "for"
+    assert rows["RL with grpo: is two-phase better than two-phase-noise?"] == "against"
+    evaluate.main(argv)
+    assert len(ran) == 6 and (tmp_path / "index.html").read_text() == text
+
+
+def test_a_failed_stage_of_the_reproduction_is_one_sentence_and_is_run_again(tmp_path, monkeypatch):
+    def fail(command, stdout, **_):
+        stdout.write("much before\ngrpo.py: the disk is full\n")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(evaluate.subprocess, "run", fail)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"failed \(grpo.py: the disk is full\); see .*grpo.txt"):
+            evaluate.main(["--reproduce", "--out", str(tmp_path)])
