@@ -35,7 +35,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -64,21 +64,17 @@ def pass_at_k(n, correct, k):
 
 def vote(answers):
     """Groups equal answers (the verifier's equality; None is no answer): [(answer, votes)], most votes first."""
-    groups = []
-    for answer in answers:
-        group = next((g for g in groups if answers_equal(answer, g[0]) is True), None) if answer is not None else []
-        if group:
-            group[1] += 1
-        elif group is None:
-            groups.append([answer, 1])
-    return sorted(map(tuple, groups), key=lambda group: -group[1])
+    groups = {}
+    for answer, votes in Counter(answer for answer in answers if answer is not None).items():
+        same = next((known for known in groups if answers_equal(answer, known) is True), answer)
+        groups[same] = groups.get(same, 0) + votes
+    return sorted(groups.items(), key=lambda group: -group[1])
 
 
-def majority(answers, gold):
-    """maj@n: 1.0 if the answer with most votes is right. A tie counts as the share of its answers that are right: what a fair
-    draw between them would give on average, without the draw."""
-    groups = vote(answers)
-    best = [answer for answer, votes in groups if votes == groups[0][1]]
+def majority(votes, gold):
+    """maj@n of what `vote` gives: 1.0 if the answer with most votes is right. A tie counts as the share of its answers that are
+    right: what a fair draw between them would give on average, without the draw."""
+    best = [answer for answer, count in votes if count == votes[0][1]]
     return sum(answers_equal(answer, gold) is True for answer in best) / len(best) if best else 0.0
 
 
@@ -246,9 +242,9 @@ def score(samples, ks):
     for sample in samples:
         questions.setdefault(sample["row"], []).append(sample)
     for _, group in sorted(questions.items()):
-        n, right, answers = len(group), int(sum(s["accuracy"] for s in group)), [s["answer"] for s in group]
+        n, right, answers = len(group), int(sum(s["accuracy"] for s in group)), vote(s["answer"] for s in group)
         row = {**{f"pass@{k}": pass_at_k(n, right, k if n > 1 else 1) for k in ks},
-               "majority": majority(answers, group[0]["gold"]), "answers": len(vote(answers)), "samples": n,
+               "majority": majority(answers, group[0]["gold"]), "answers": len(answers), "samples": n,
                **{name: sum(s[name] for s in group) / n for name in ("answered", "undecided", "tokens")}}
         if "style" in group[0]:
             row.update({f"style {style}": sum(s["style"] == style for s in group) / n for style in STYLES})
@@ -279,12 +275,13 @@ def all_figures(results, ks, against="sampling"):
     """{benchmark: figures_of}, of each of its families too ("tiny/list"), and "average" where there are several benchmarks."""
     figures, scores = {}, {}
     for name, arms in results.items():
-        families = dict.fromkeys(s["family"] for samples in arms.values() for s in samples if "family" in s)
         scores[name] = {arm: score(samples, ks) for arm, samples in arms.items()}
         figures[name] = figures_of({arm: [columns] for arm, columns in scores[name].items()}, against)
-        for family in families:
-            own = {arm: [score([s for s in samples if s["family"] == family], ks)] for arm, samples in arms.items()}
-            figures[f"{name}/{family}"] = figures_of(own, against)
+        families = dict(sorted((s["row"], s.get("family")) for s in next(iter(arms.values())))).values()       # of each question
+        for family in dict.fromkeys(family for family in families if family):
+            own = [this == family for this in families]
+            figures[f"{name}/{family}"] = figures_of({arm: [{metric: [*itertools.compress(values, own)] for metric, values in
+                                                             columns.items()}] for arm, columns in scores[name].items()}, against)
     if len(results) > 1:
         first = next(iter(scores.values()))
         figures["average"] = figures_of({arm: [benchmark[arm] for benchmark in scores.values()] for arm in first}, against)
@@ -342,7 +339,7 @@ def save_results(args, results, note):
 
 
 def rescore(args):
-    """--rescore: judge the stored completions with today's rewards.py; every table and picture follows. Loads no model."""
+    """--rescore: judge the stored completions with today's rewards.py and make their tables and pictures anew. Loads no model."""
     out = Path(args.out)
     if not (out / "config.json").is_file() or not (out / "samples.jsonl").is_file():
         raise ValueError(f"no evaluation in {out}: --rescore needs the --out of an earlier one")
@@ -609,8 +606,8 @@ SECTIONS = (
             "100 traces a domain, as in the paper; there as here they cluster by domain. (The domains of the tiny world differ "
             "in their words, so this is no surprise.)"),
     Section("Table 1: the domain of the latents against the task", "arms", None,
-            "pass@8, greedy, latents of one domain; controls: shuffled latents, and the prior (latent). The paper's model and tasks "
-            "are others: compare the pattern, not the numbers."),
+            "pass@8, greedy, latents of one domain; controls: shuffled latents, and the prior (latent). The paper's model and "
+            "tasks are others: compare the pattern, not the numbers."),
     Section("Table 2: sampling, latents, and both", "arms", "arms/pass_at_k.png",
             "The paper's arms (Qwen2.5-VL-3B, pass@32) and controls: noise, gauss (a Gaussian on h, no VAE), shuffled. follows "
             "domain: share of answers in the style of their latent's domain."),
@@ -677,14 +674,10 @@ def reproduce(args):
     print(f"\n{markdown(sections[0]['rows'])}\n\n{note}\nthe page: {out / 'index.html'}")
 
 
-def beside(rows, title, paper):
-    """A table with the paper's figures as its second column; paper: {first cell of the row: text}."""
-    return [[row[0], paper.get(row[0], "") if i else title, *row[1:]] for i, row in enumerate(rows)]
-
-
 def reproduced_tables(out):
     """The table of every section, or None, from the folders that the commands filled; also draws Fig. 6."""
     load = lambda name: json.loads((out / name).read_text())
+    beside = lambda rows, title, paper: [[row[0], paper.get(row[0], "") if i else title, *row[1:]] for i, row in enumerate(rows)]
     token, figures = load("noise-token/results.json")["arms"], load("arms/results.json")["benchmarks"]
     k = [name for name in token["noise"] if name.startswith("pass@")][-1]
     families = [name for name in figures if "/" in name]

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,10 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STYLES = ("math", "code", "qa")
+sys.path.insert(0, str(ROOT))
+from evaluate import run_command            # noqa: E402
+from rewards import STYLES                  # noqa: E402
+
 START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 
@@ -30,14 +32,12 @@ ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 def run_base(base, args):
     """All stages and all RL runs of one base, each process on one thread. Returns the folder of its results."""
     out = Path(args.out) / f"base-{base}"
-    common = [sys.executable, str(ROOT / "grpo.py"), "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
+    common = ["grpo.py", "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
     if args.quick:
         common += ["--base-steps", "60", "--steps", "4", "--eval-questions", "16", "--arm-questions", "8", "--arm-samples", "8"]
-    controls = ["--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"]
-    for extra in ([], controls):
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "log.txt", "a") as log:
-            subprocess.run(common + extra, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    run_command("latents", common, out)
+    run_command("noise", [*common, "--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"], out)
     return out
 
 

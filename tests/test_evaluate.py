@@ -129,7 +129,7 @@ def test_votes_go_by_equality_of_values():
     (["7", "7", "3"], "7", 1.0), (["7", "3", "3"], "7", 0.0), (["7", "3"], "7", 0.5), (["3", "7"], "7", 0.5),
     (["1", "2", "7"], "7", 1 / 3), (["1", "2"], "7", 0.0), ([None, None], "7", 0.0), ([None, None, "7"], "7", 1.0)])
 def test_the_majority_and_its_ties(answers, gold, expected):
-    assert majority(answers, gold) == pytest.approx(expected)
+    assert majority(vote(answers), gold) == pytest.approx(expected)
 
 
 def samples_of(pattern, **extra):
