@@ -437,8 +437,10 @@ def analyse(lab, tasks, args, results):
         rows = task.test[:args.questions]
         for family in dict.fromkeys(row.get("family") for row in rows):
             own = [number for number, row in enumerate(rows) if row.get("family") == family]
-            seen, kept = own[::2], own[1::2]
-            pick = lambda arm, numbers: [s for s in results[task.name].get(arm, ()) if s["row"] in set(numbers)]
+            seen, kept = set(own[::2]), set(own[1::2])
+            if not kept:
+                raise ValueError(f"--analyse needs at least two questions of {family or task.name}: raise --questions")
+            pick = lambda arm, numbers: [s for s in results[task.name].get(arm, ()) if s["row"] in numbers]
             known = pick("latent", seen)
             z = torch.cat(prior.draw([prefix_seed(args.seed, s["question"], s["sample"]) for s in known])[1])      # [N, k]
             right = torch.tensor([s["accuracy"] for s in known])                                                   # [N]
@@ -446,7 +448,7 @@ def analyse(lab, tasks, args, results):
             domain = max(lab.vae.domains, key=lambda name: sum(s["accuracy"] for s in pick(name, seen)))
             fitted = Palette(vae_of_right(lab.vae, z[right == 1]), lab.table, "right answers", args.length)
             best = Palette(lab.vae, lab.table, "prior", args.length, z=z[smooth.argmax()])
-            ask = lambda palette, n: answer(lab.decoder, lab.tokenizer, task, [rows[i] for i in kept], palette,
+            ask = lambda palette, n: answer(lab.decoder, lab.tokenizer, task, [rows[i] for i in sorted(kept)], palette,
                                             Sampling(0.0, max_new_tokens=args.max_new_tokens), n, args.seed, args.prompt)
             arms = {"latent": pick("latent", kept), f"domain {domain}": pick(domain, kept),
                     "right answers": ask(fitted, args.samples), "best latent, one sample": ask(best, 1)}
@@ -462,8 +464,8 @@ def analyse(lab, tasks, args, results):
 
 def neighbourhood_mean(z, values, neighbours=32):
     """Mean of values [N] over the nearest latents of each z [N, k], itself among them: [N]."""
-    near = torch.cdist(z, z).topk(min(neighbours, len(z)), largest=False).indices                  # [N, neighbours]
-    return values[near].mean(1)
+    near = [torch.cdist(part, z).topk(min(neighbours, len(z)), largest=False).indices for part in z.split(1024)]
+    return values[torch.cat(near)].mean(1)                                                         # [N, neighbours] -> [N]
 
 
 def vae_of_right(vae, z):
@@ -528,8 +530,9 @@ def draw_sweep(plt, points):
         for i, arm in enumerate(arms):
             mean, error = zip(*(row[arm][k] for row in values.values()))
             axis.errorbar(range(len(values)), mean, error, marker="osD^v"[i % 5], markersize=4, capsize=2, label=arm)
-        axis.set(xlabel={"length": "prefix rows L", "beta": "beta of the VAE"}.get(name, name), ylabel=f"{k} ± standard error",
-                 ylim=(0, 1.02), xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
+        axis.set(xlabel={"length": "prefix rows L", "beta": "beta of the VAE"}.get(name, name), ylim=(0, 1.02),
+                 xticks=range(len(values)), xticklabels=[f"{value:g}" for value in values])
+    axes[0][0].set_ylabel(f"{k} ± standard error")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     return figure
 

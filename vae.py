@@ -351,12 +351,13 @@ def draw_latents(vae, folder, per_domain=100):
                   for what, x in (("latents", mu), ("decoded prefixes", vae.decode(mu)))] if near > 1 else []
     except ImportError:
         print('no t-SNE: scikit-learn is missing (pip install -e ".[plots]")')
-    figure, axes = pyplot.subplots(1, len(views), figsize=(4 * len(views), 3.8), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(views), figsize=(4 * len(views) + 1, 3.8), layout="constrained")
     for axis, (title, points) in zip(axes, views):
         for i, domain in enumerate(vae.domains):
-            axis.scatter(*points[labels == i].T, s=9, alpha=0.7, label=domain)
+            color, marker = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")[i % 4], "os^D"[i % 4]      # for every eye (Okabe and Ito)
+            axis.scatter(*points[labels == i].T, s=12, alpha=0.7, color=color, marker=marker, label=domain)
         axis.set(title=title, xticks=[], yticks=[])
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(Path(folder) / "latents.png", dpi=120)
     pyplot.close(figure)
     return Path(folder) / "latents.png"
