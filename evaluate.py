@@ -295,7 +295,7 @@ def powers(n):
 
 def signed(difference):
     """A difference with its interval as text."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference) if difference else ""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference) if difference else ""
 
 
 def arms_table(figures, against, compare="pass@8"):
@@ -355,19 +355,20 @@ def rescore(args):
 
 
 def rl_figures(folders):
-    """Greedy pass@1 without prefix over finished runs that differ in the seed: {start, end: by seed, mean, std}."""
+    """Greedy pass@1 without prefix over finished runs that differ in the seed: {start, end: by seed, mean and std of the ends,
+    course: mean over all evaluations on the way, which is higher the sooner a run learns}."""
     curves = [[json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()] for path in folders]
     points = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
-    ends = torch.tensor([ends[-1] for ends in points])
-    spread = ends.std().item() if len(ends) > 1 else 0.0
-    return {"start": points[0][0], "end": ends.tolist(), "mean": ends.mean().item(), "std": spread}
+    ends, course = [run[-1] for run in points], mean_and_error([mean_and_error(run)[0] for run in points])[0]
+    spread = torch.tensor(ends).std().item() if len(ends) > 1 else 0.0
+    return {"start": points[0][0], "end": ends, "mean": mean_and_error(ends)[0], "std": spread, "course": course}
 
 
 def rl_rows(runs):
     """Rows of text, the head first. runs: {name: rl_figures}."""
-    return [["run", "start", "end, by seed", "mean", "spread (std)"]] + [
-        [name, f"{row['start']:.3f}", ", ".join(f"{end:.3f}" for end in row["end"]), f"{row['mean']:.3f}", f"{row['std']:.3f}"]
-        for name, row in runs.items()]
+    return [["run", "start", "end, by seed", "mean", "spread (std)", "mean over the run"]] + [
+        [name, f"{row['start']:.3f}", ", ".join(f"{end:.3f}" for end in row["end"]), f"{row['mean']:.3f}", f"{row['std']:.3f}",
+         f"{row['course']:.3f}"] for name, row in runs.items()]
 
 
 def rl_table(root, name, folders):
@@ -693,42 +694,49 @@ def reproduced_tables(out):
         folders = {f"{algorithm} {kind}": sorted(out.glob(f"{algorithm}-{kind}-s*")) for kind in kinds}
         runs.update({name: rl_figures(paths) for name, paths in folders.items()})
         draw_curves([path for paths in folders.values() for path in paths], out / f"{algorithm}.png")
-    return [verdicts(read_samples(out / "arms")["tiny"], runs), arms_table(token, "sampling", k), None,
+    return [verdicts(out, runs), arms_table(token, "sampling", k), None,
             beside(domains, "paper: MATH500 / Olympiad / GSM8K", PAPER_DOMAINS),
             beside(arms_table(figures["tiny"], "sampling", k), "paper: RefCOCO / + / g", PAPER_ARMS),
             beside(rl_rows(runs), "paper: 1.7B / 4B / 8B", PAPER_RL), None, None, load("arms/analysis.json")["table"]]
 
 
-def verdicts(samples, runs):
+def verdicts(out, runs):
     """The questions that the controls answer: rows of question, figures, and whether these speak for the paper's account."""
-    n = max(sample["sample"] for sample in samples["sampling"]) + 1
-    scores = {arm: [score(own, powers(n))] for arm, own in samples.items()}
-    follows = {arm: mean_and_error(part["follows"])[0] for arm, (part,) in scores.items() if "follows" in part}
+    scores = {}
+    for folder in ("noise-token", "arms"):
+        samples = read_samples(out / folder)["tiny"]
+        n = max(sample["sample"] for sample in samples["sampling"]) + 1
+        scores[folder] = {arm: [score(own, powers(n))] for arm, own in samples.items()}
+    follows = {arm: mean_and_error(part["follows"])[0] for arm, (part,) in scores["arms"].items() if "follows" in part}
     steered = all(share >= 0.9 for arm, share in follows.items() if arm != "shuffled") and follows["shuffled"] < 0.6
     rows = [["question", "figures", "verdict"],
             ["Does the domain of a latent set the style of the answer?", "follows domain: " + ", ".join(
                 f"{arm} {share:.2f}" for arm, share in follows.items()), "for" if steered else "against"]]
-    for arm, other, k, question in (
-            ("latent + sampling", "sampling", f"pass@{n}", "Do latents with sampling beat sampling?"),
-            ("latent + sampling", "noise + sampling", "pass@8", "Do they beat noise prefixes with sampling?"),
-            ("latent", "gauss", "pass@8", "Is the VAE better than a plain Gaussian on h?"),
-            ("latent", "shuffled", "pass@8", "Are latents better than shuffled ones?")):
-        difference = figures_of({arm: scores[arm], other: scores[other]}, other)[arm]["difference"][k]
-        rows.append([question, f"{arm} against {other}, {k}: {signed(difference)}", "for" if difference[1] > 0 else "against"])
-    for algorithm, kind in (("grpo", "two-phase"), ("grpo", "linear"), ("rloo", "two-phase"), ("rloo", "linear")):
+    for question, folder, arm, other, k in (
+            ("Does one noise token beat greedy decoding?", "noise-token", "noise", "greedy", n),
+            ("Does it beat token sampling?", "noise-token", "noise", "sampling", n),
+            ("Do latents with sampling beat sampling?", "arms", "latent + sampling", "sampling", n),
+            ("Do they beat noise prefixes with sampling?", "arms", "latent + sampling", "noise + sampling", 8),
+            ("Is the VAE better than a plain Gaussian on h?", "arms", "latent", "gauss", 8),
+            ("Are latents better than shuffled ones?", "arms", "latent", "shuffled", 8)):
+        figures = figures_of({name: scores[folder][name] for name in (arm, other)}, other)
+        difference = figures[arm]["difference"][f"pass@{k}"]
+        rows.append([question, f"{arm} against {other}, pass@{k}: {signed(difference)}", "for" if difference[1] > 0 else "against"])
+    for algorithm, kind in itertools.product(("grpo", "rloo"), ("two-phase", "linear")):
         for other in ("none", f"{kind}-noise"):
             a, b = runs[f"{algorithm} {kind}"], runs[f"{algorithm} {other}"]
             rows.append([f"RL with {algorithm}: is {kind} better than {other}?",
-                         f"{a['mean']:.3f} ± {a['std']:.3f} against {b['mean']:.3f} ± {b['std']:.3f}",
+                         f"{a['mean']:.3f} ± {a['std']:.3f} against {b['mean']:.3f} ± {b['std']:.3f}; "
+                         f"mean over the run {a['course']:.3f} against {b['course']:.3f}",
                          "for" if a["mean"] - b["mean"] > max(math.hypot(a["std"], b["std"]), 0.01) else "against"])
     return rows
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Reasoning Palette in miniature</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; font-size: 12.5px; margin: 1em 0 }} .wide {{ overflow-x: auto }}
-th, td {{ border: 1px solid #bbb; padding: 3px 6px; text-align: left }} td {{ white-space: nowrap }} th {{ background: #eee }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; font-size: 12px; margin: 1em 0 }} .wide {{ overflow-x: auto }}
+th, td {{ border: 1px solid #bbb; padding: 3px 5px; text-align: left }} td {{ white-space: nowrap }} th {{ background: #eee }}
 img {{ max-width: 100% }} code, .note {{ font-size: 13px; color: #555; overflow-wrap: anywhere }}
 </style></head><body>
 <h1>Reasoning Palette in miniature</h1>

@@ -80,7 +80,7 @@ def test_the_rl_table_shows_start_end_and_spread(tmp_path):
         rows = [{"step": 0, "eval_accuracy": 0.1}, {"step": 1}, {"step": 2, "eval_accuracy": end}]
         (tmp_path / f"s{seed}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = evaluate.rl_table(tmp_path, "grpo-prior", {"linear": [tmp_path / "s0", tmp_path / "s1"]})
-    assert text.splitlines()[-1] == "| grpo-prior linear | 0.100 | 0.400, 0.800 | 0.600 | 0.283 |"
+    assert text.splitlines()[-1] == "| grpo-prior linear | 0.100 | 0.400, 0.800 | 0.600 | 0.283 | 0.350 |"
     assert json.loads((tmp_path / "grpo-prior.json").read_text())["linear"]["end"] == pytest.approx([0.4, 0.8])
 
 
@@ -164,7 +164,7 @@ def test_figures_of_families_and_of_several_benchmarks():
     assert figures["average"]["latent"]["difference"]["pass@1"][0] == pytest.approx((1 / 6 + 0.5) / 2)
     table = arms_table(figures["tiny"], "sampling")
     assert table[0][:4] == ["arm", "pass@1", "pass@2", "pass@2 against sampling [95%]"] and all(len(row) == len(table[0]) for row in table)
-    assert markdown(table).splitlines()[-1].startswith("| latent | 0.667 | 0.667 | +0.00 [+0.00, +0.00] |")
+    assert markdown(table).splitlines()[-1].startswith("| latent | 0.667 | 0.667 | +0.000 [+0.000, +0.000] |")
 
 
 def test_arms():
