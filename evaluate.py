@@ -213,6 +213,8 @@ def run_arms(lab, tasks, args):
         palette = Palette(lab.vae, lab.table, source, args.length, not args.independent) if source != "none" else None
         sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
         plan[arm] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
+    if args.against not in plan and args.against != "sampling":
+        raise ValueError(f"--against {args.against} is not among the arms: {', '.join(plan)}")
     results = finished_arms(args, tasks)
     asked = {task.name: task.test[:args.questions] for task in tasks}
     total = sum(map(len, asked.values())) * sum(samples for _, _, samples in plan.values())
@@ -305,11 +307,12 @@ def arms_table(figures, against, compare="pass@8"):
     compare = compare if compare in first else f"pass@{max(ks)}"
     shown = [f"pass@{k}" for k in ks if k in (1, 8, max(ks))]
     styled, follows = "style math" in first, any("follows" in row for row in figures.values())
-    rows = [["arm", *shown, f"{compare} against {against} [95%]", "majority", "answers", "tokens", "no answer", "undecided",
+    compared = against in figures
+    rows = [["arm", *shown, *([f"{compare} against {against} [95%]"] if compared else []), "majority", "answers", "tokens", "no answer", "undecided",
              *([f"style {' / '.join(STYLES)}"] if styled else []), *(["follows domain"] if follows else [])]]
     for arm, row in figures.items():
         value = lambda name, digits: f"{row[name][0]:.{digits}f}"
-        rows.append([arm, *(value(name, 3) for name in shown), signed(row.get("difference", {}).get(compare)),
+        rows.append([arm, *(value(name, 3) for name in shown), *([signed(row.get("difference", {}).get(compare))] if compared else []),
                      value("majority", 3), value("answers", 1), value("tokens", 1), f"{1 - row['answered'][0]:.2f}",
                      value("undecided", 2),
                      *([" / ".join(value(f"style {style}", 2) for style in STYLES)] if styled else []),
@@ -720,8 +723,9 @@ def verdicts(out, runs):
             ("Is the VAE better than a plain Gaussian on h?", "arms", "latent", "gauss", 8),
             ("Are latents better than shuffled ones?", "arms", "latent", "shuffled", 8)):
         figures = figures_of({name: scores[folder][name] for name in (arm, other)}, other)
-        difference = figures[arm]["difference"][f"pass@{k}"]
-        rows.append([question, f"{arm} against {other}, pass@{k}: {signed(difference)}", "for" if difference[1] > 0 else "against"])
+        difference = figures[arm]["difference"][f"pass@{k}"]                                       # mean, low, high
+        rows.append([question, f"{arm} against {other}, pass@{k}: {signed(difference)}",
+                     "for" if difference[1] > 0 else "against"])
     for algorithm, kind in itertools.product(("grpo", "rloo"), ("two-phase", "linear")):
         for other in ("none", f"{kind}-noise"):
             a, b = runs[f"{algorithm} {kind}"], runs[f"{algorithm} {other}"]

@@ -411,3 +411,11 @@ def test_a_failed_stage_of_the_reproduction_is_one_sentence_and_is_run_again(tmp
     for _ in range(2):
         with pytest.raises(ValueError, match=r"failed \(grpo.py: the disk is full\); see .*grpo.txt"):
             evaluate.main(["--reproduce", "--out", str(tmp_path)])
+
+
+def test_a_reference_arm_that_is_not_there(evaluation, tmp_path):
+    argv, _, figures = evaluation
+    with pytest.raises(ValueError, match="--against poetry is not among the arms: greedy"):
+        evaluate.main([*argv, "--arms", "greedy", "--against", "poetry", "--out", str(tmp_path)])
+    alone = {"noise": figures["tiny"]["noise"]}
+    assert "against" not in " ".join(arms_table(alone, "sampling")[0]) and len(set(map(len, arms_table(alone, "sampling")))) == 1
