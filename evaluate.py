@@ -305,19 +305,17 @@ def arms_table(figures, against, compare="pass@8"):
     first = next(iter(figures.values()))
     ks = [int(name[5:]) for name in first if name.startswith("pass@")]
     compare = compare if compare in first else f"pass@{max(ks)}"
-    shown = [f"pass@{k}" for k in ks if k in (1, 8, max(ks))]
-    styled, follows = "style math" in first, any("follows" in row for row in figures.values())
-    compared = against in figures
-    rows = [["arm", *shown, *([f"{compare} against {against} [95%]"] if compared else []), "majority", "answers", "tokens", "no answer", "undecided",
-             *([f"style {' / '.join(STYLES)}"] if styled else []), *(["follows domain"] if follows else [])]]
-    for arm, row in figures.items():
-        value = lambda name, digits: f"{row[name][0]:.{digits}f}"
-        rows.append([arm, *(value(name, 3) for name in shown), *([signed(row.get("difference", {}).get(compare))] if compared else []),
-                     value("majority", 3), value("answers", 1), value("tokens", 1), f"{1 - row['answered'][0]:.2f}",
-                     value("undecided", 2),
-                     *([" / ".join(value(f"style {style}", 2) for style in STYLES)] if styled else []),
-                     *([value("follows", 2) if "follows" in row else ""] if follows else [])])
-    return rows
+    value = lambda name, digits: lambda row: f"{row[name][0]:.{digits}f}" if name in row else ""
+    columns = {f"pass@{k}": value(f"pass@{k}", 3) for k in ks if k in (1, 8, max(ks))}
+    if against in figures:
+        columns[f"{compare} against {against} [95%]"] = lambda row: signed(row.get("difference", {}).get(compare))
+    columns.update({"majority": value("majority", 3), "answers": value("answers", 1), "tokens": value("tokens", 1),
+                    "no answer": lambda row: f"{1 - row['answered'][0]:.2f}", "undecided": value("undecided", 2)})
+    if "style math" in first:
+        columns[f"style {' / '.join(STYLES)}"] = lambda row: " / ".join(value(f"style {style}", 2)(row) for style in STYLES)
+    if any("follows" in row for row in figures.values()):
+        columns["follows domain"] = value("follows", 2)
+    return [["arm", *columns], *([arm, *(cell(row) for cell in columns.values())] for arm, row in figures.items())]
 
 
 def markdown(rows):
