@@ -1,26 +1,31 @@
 """GRPO with latent injection (Sec. 3.4, Eq. 12-14): part of every group of rollouts reasons under a sampled prefix.
 
-How this loop departs from the GRPO paper, and from Reasoning Palette where that leaves things open:
-  1. A share rho(tau) of each group carries a prefix, the rest none; all of them share one group baseline (Eq. 12, 13).
-     rho * G is rounded at random so that it is right on average; every guided rollout draws its own z (the paper draws one
-     per prompt: --latent-per prompt), because a group that shares one strategy cannot compare strategies.
+One step: collect() rolls out and judges, a share rho(tau) of each group under a prefix, and compares the rollouts of a group;
+update() takes a gradient step on policy_loss(). train() repeats the two. How it departs from the GRPO paper, and from
+Reasoning Palette where that leaves things open:
+  1. Guided and unguided rollouts share one group baseline (Eq. 12, 13). rho * G is rounded at random so that it is right on
+     average; every guided rollout draws its own z (the paper draws one per prompt: --latent-per prompt), because a group
+     that shares one strategy cannot compare strategies.
   2. The log-probs in the loss are conditioned on the same prefix that was sampled under (Eq. 14), at the same temperature
-     and with the same filters. The old ones are what the decoder sampled from: no second forward pass makes them
-     (log_ratio_start in the metrics says how far the two differ).
+     and with the same filters. pi_old is what the decoder sampled from: no second forward pass makes it (log_ratio_start in
+     the metrics says how far decoder and training forward differ; --tis corrects it where it is much).
   3. The KL term to a reference is off by default, and then no reference model is held.
   4. Everything random is a pure function of (seed, step, prompt, rollout): a resumed run needs no generator state, and N
      ranks sample what one rank would.
 
 Run it (the first command builds all that is missing: base model, VAE, warm-up):
     python grpo.py                                          # the tiny world, three schedules, a table at the end
+    python grpo.py --algorithm gspo --schedule two-phase 0:0,0.3:1,0.3:0       # a schedule of one's own, as tau:rho points
     python grpo.py --model Qwen/Qwen3-0.6B --task gsm8k --out runs/qwen --traces math=... code=... --schedule two-phase
     torchrun --nproc_per_node=4 grpo.py --model ...         # the same on four GPUs: each rolls out its own prompts
 """
 import argparse
 import math
 import random
+import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,57 +40,92 @@ from rewards import PROMPT_STYLES, STYLES, load_task, overlong, prompt_ids, stop
 from sft import Ranks, Run, apply_gradients, autocast, load_trainable, make_optimizer, seed_of, set_learning_rate
 from vae import require_positive, run_main
 
-# ---- the schedule and the share of guided rollouts (Eq. 12) -------------------------------------------------------------
+# What tells the algorithms apart: the defaults of six flags. advantage: see advantages(); mean_over: see set_weights();
+# ratio, clip_low, clip_high: see policy_loss(); resample: see collect(). In a first update, where every ratio is 1, the gradient
+# of gspo is that of grpo, and dr-grpo's is rloo's times (G - 1) / G: they part with --epochs or --minibatches above 1.
+PRESETS = ("advantage", "mean_over", "ratio", "clip_low", "clip_high", "resample")
+ALGORITHMS = {"grpo": ("mean-std", "sequence", "token", 0.2, 0.2, 0),               # arXiv 2402.03300
+              "rloo": ("leave-one-out", "constant", "token", 0.2, 0.2, 0),          # 2402.14740 sums over tokens; ours / constant
+              "dr-grpo": ("mean", "constant", "token", 0.2, 0.2, 0),                # 2503.20783
+              "dapo": ("mean-std", "token", "token", 0.2, 0.28, 2),                 # 2503.14476; and --reward ... overlong=1
+              "gspo": ("mean-std", "sequence", "sequence", 3e-4, 4e-4, 0)}          # 2507.18071
 
-SCHEDULES = {"none": lambda tau: 0.0,
-             "constant": lambda tau: 1.0,
-             "two-phase": lambda tau: 1.0 if tau < 0.5 else 0.0,
-             "linear": lambda tau: 1.0 - tau}
+# ---- the share of guided rollouts (Eq. 12) ------------------------------------------------------------------------------
+
+# rho(tau) as points tau:rho, linear between them, level beyond; at a repeated tau it jumps, to the later point's rho.
+SCHEDULES = {"none": "0:0", "constant": "0:1", "two-phase": "0:1,0.5:1,0.5:0", "linear": "0:1,1:0"}
+
+
+def points_of(schedule):
+    """The points of a schedule, named or written out: "0:1,1:0" -> [(0, 1), (1, 0)]. ValueError if it cannot be one."""
+    try:
+        points = [tuple(map(float, point.split(":", 1))) for point in SCHEDULES.get(schedule, schedule).split(",")]
+        right = all(0 <= tau <= 1 and 0 <= rho <= 1 for tau, rho in points) and points == sorted(points, key=lambda p: p[0])
+    except ValueError:                                      # not numbers, or not two
+        right = False
+    if not right:
+        raise ValueError(f"--schedule '{schedule}' is none of {', '.join(SCHEDULES)}, nor points tau:rho between 0 and 1 with "
+                         "rising tau, as in 0:1,0.5:1,0.5:0,1:0")
+    return points
+
+
+def rho_at(schedule, tau):
+    """The share of each group that carries a prefix when the share tau of the training is done."""
+    points = points_of(schedule)
+    for (tau0, rho0), (tau1, rho1) in zip(points, points[1:]):
+        if tau0 <= tau < tau1:
+            return rho0 + (rho1 - rho0) * (tau - tau0) / (tau1 - tau0)
+    return points[0][1] if tau < points[0][0] else points[-1][1]
 
 
 def guided_count(rho, group, u):
-    """How many of `group` rollouts carry a prefix: floor(rho G), plus one with the probability of the remainder.
-
-    u: uniform number in [0, 1). The mean over u is rho G exactly, which rounding to the nearest integer is not.
-    """
-    whole = math.floor(rho * group + 1e-9)
-    return whole + (u < rho * group - whole - 1e-9)
+    """rho * G rounded up or down by u, uniform in [0, 1): its mean is rho * G, which the nearest integer's is not."""
+    return math.ceil(rho * group - u)
 
 
 # ---- advantages and loss (Eq. 13, 14) -----------------------------------------------------------------------------------
 
-def advantages(rewards, algorithm):
-    """rewards [P, G] -> advantages [P, G], each group (a row) against its own baseline.
+def advantages(rewards, how):
+    """rewards [P, G] -> advantages [P, G], each group (a row) against its own baseline (Eq. 13).
 
-    grpo: (r - mean) / (std + 1e-4), with the sample standard deviation. rloo: r - mean of the *other* G - 1 rollouts.
-    dr-grpo: r - mean, no division by the std (Liu et al. 2025). Example: rewards (1, 0, 0, 0) give rloo (1, -1/3, -1/3, -1/3).
+    mean-std: (r - mean) / (std + 1e-4), with the sample standard deviation. mean: r - mean. leave-one-out: r - mean of the
+    *other* G - 1 rollouts, which is `mean` times G / (G - 1). Example: (1, 0, 0, 0) gives leave-one-out (1, -1/3, -1/3, -1/3).
     """
     group = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
-    if algorithm == "grpo":
+    if how == "mean-std":
         return centred / (rewards.std(1, keepdim=True) + 1e-4)
-    return centred * group / (group - 1) if algorithm == "rloo" else centred
+    return centred * group / (group - 1) if how == "leave-one-out" else centred
 
 
-def policy_loss(logprobs, old, advantage, weight, clip_low=0.2, clip_high=0.2, reference=None, kl_weight=0.0):
-    """PPO's clipped surrogate over a flat list of N completion tokens, with the k3 estimate of KL(policy || reference).
+# What policy_loss and update measure on each trained token; the first counts them, the others are logged as means.
+TOKEN_METRICS = ("tokens", "clip_share", "log_ratio", "tis_weight", "kl", "entropy")
 
-    logprobs [N] under the policy (differentiable), old [N] as sampled, advantage [N] (its rollout's), weight [N]: what each
-    token counts in the mean, e.g. 1 / (tokens of all rollouts on all ranks); so losses of micro-batches and ranks add up.
-    Returns (loss, statistics summed over the tokens: clipped, |log_ratio|, kl).
+
+def policy_loss(logprobs, old, sampled, row, advantage, weight, ratio="token", clip_low=0.2, clip_high=0.2, tis=0.0,
+                reference=None, kl=0.0):
+    """PPO's clipped surrogate (Eq. 14) over all N tokens of R completions; token t belongs to completion row[t]:
+
+        loss = sum_t weight * (-trust_t * min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + kl * k3_t)
+        r_t = pi(o_t) / pi_old(o_t)                     ratio "sequence" (GSPO): these ratios' geometric mean over the completion
+        trust_t = min(pi_old(o_t) / pi_sampler(o_t), tis)                               1 where tis is 0: no correction
+        k3_t = x - log x - 1 with x = pi_ref(o_t) / pi(o_t)                             estimates KL(pi || pi_ref), never negative
+
+    logprobs [N] (differentiable), old [N], sampled [N] and reference [N] or None are log-probs under pi, pi_old, pi_sampler and
+    pi_ref; row [N]; advantage [R]; weight [R], shares of a *global* count, so that the losses of micro-batches and ranks add up.
+    Returns (loss, statistics [N, 5] in the order of TOKEN_METRICS).
     """
-    log_ratio = logprobs - old
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-    statistics = {"clipped": (clipped * advantage < ratio * advantage).sum().item(),
-                  "log_ratio": log_ratio.detach().abs().sum().item(), "kl": 0.0}
-    loss = -surrogate
+    log_ratio, advantage = logprobs - old, advantage[row]                                               # [N], [N]
+    if ratio == "sequence":
+        log_ratio = (torch.zeros_like(weight).index_add(0, row, log_ratio) / row.bincount(minlength=len(weight)))[row]
+    free, clipped = log_ratio.exp() * advantage, log_ratio.exp().clamp(1 - clip_low, 1 + clip_high) * advantage
+    trust = (old - sampled).exp().clamp(max=tis) if tis else torch.ones_like(old)
+    loss, k3 = -trust * torch.minimum(free, clipped), torch.zeros_like(old)
     if reference is not None:
-        gap = reference - logprobs                          # k3 (Schulman): exp(gap) - gap - 1, unbiased and never negative
-        kl = gap.exp() - gap - 1
-        loss, statistics["kl"] = loss + kl_weight * kl, kl.detach().sum().item()
-    return (loss * weight).sum(), statistics
+        k3 = (reference - logprobs).exp() - (reference - logprobs) - 1
+        loss = loss + kl * k3
+    statistics = torch.stack([torch.ones_like(old), clipped < free, (logprobs - sampled).abs(), trust, k3], 1)
+    return (loss * weight[row]).sum(), statistics.detach()
 
 
 # ---- rollouts -----------------------------------------------------------------------------------------------------------
@@ -93,7 +133,7 @@ def policy_loss(logprobs, old, advantage, weight, clip_low=0.2, clip_high=0.2, r
 @dataclass
 class Rollout:
     """One sampled answer. prefix [L, d] or None is what conditions it; latent [L or 1, k] is what rebuilds the prefix."""
-    prompt: int                     # which of the step's P prompts
+    prompt: int                     # number in the step: 0 to P - 1; what replaces p in round n of resampling is p + n P
     prompt_ids: list
     completion_ids: list            # the end token included, if one was produced
     logprobs: list                  # as sampled
@@ -104,37 +144,61 @@ class Rollout:
     rewards: dict                   # by name
     reward: float                   # their weighted sum
     advantage: float = 0.0
+    weight: float = 0.0             # what each of its tokens counts in the loss
+    old: list | None = None         # log-probs under pi_old, where that is not what it was sampled from (--tis)
 
-    @property
-    def guided(self):
-        return self.prefix is not None
-
-    @property
-    def length(self):
-        return len(self.prompt_ids) + len(self.completion_ids) + (len(self.prefix) if self.guided else 0)
+    guided = property(lambda self: self.prefix is not None)
+    length = property(lambda self: len(self.prompt_ids) + len(self.completion_ids) + (len(self.prefix) if self.guided else 0))
 
 
-def rows_of_step(task, step, prompts, seed):
-    """The step's rows of the training set: every row once an epoch, each epoch in an order of its own."""
+def rows_of_step(task, step, prompts, seed, extra=0):
+    """The step's rows of the training set: every row once an epoch, each epoch in an order of its own.
+
+    extra * prompts replacements follow: the set's other rows, in an order of the step's own. So a step asks no question twice,
+    unless the set has fewer than (1 + extra) * prompts.
+    """
     count, start = len(task.train), step * prompts
     first = start // count
     epochs = range(first, (start + prompts - 1) // count + 1)
     order = [i for epoch in epochs for i in random.Random(seed_of(seed, "epoch", epoch)).sample(range(count), count)]
-    return [task.train[i] for i in order[start - first * count:][:prompts]]
+    rows = order[start - first * count:][:prompts]
+    others = (sorted(set(range(count)) - set(rows)) or rows) if extra else []
+    random.Random(seed_of(seed, "replacements", step)).shuffle(others)
+    return [task.train[i] for i in rows + [others[i % len(others)] for i in range(extra * prompts)]]
+
+
+def sampling_of(args):
+    return Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
 
 
 def collect(decoder, tokenizer, task, palette, step, args, ranks):
-    """G rollouts for each of this rank's prompts of the step, the first `guided` of each group under a prefix. Scored."""
-    rho = SCHEDULES[args.schedule](step / args.steps)
-    asked = rows_of_step(task, step, args.prompts, args.seed)
-    jobs = []                                               # (prompt index, rollout index, guided)
-    for p in ranks.own(range(args.prompts)):
+    """G judged rollouts, with their advantages, for each of this rank's prompts of the step, group behind group.
+
+    Dynamic sampling: a group without signal (equal rewards) is replaced by a fresh prompt's, at most --resample times. Row
+    and seeds of a replacement are functions of (seed, step, its number), and every rank replaces its own: nothing is shared.
+    """
+    asked = rows_of_step(task, step, args.prompts, args.seed, args.resample)
+    groups, numbers = {}, list(ranks.own(range(args.prompts)))
+    for _ in range(1 + args.resample):
+        rollouts = roll_out(decoder, tokenizer, task, palette, step, {number: asked[number] for number in numbers}, args)
+        set_advantages(rollouts, args)
+        groups.update({number % args.prompts: rollouts[i * args.group:][:args.group] for i, number in enumerate(numbers)})
+        numbers = [n + args.prompts for n in numbers if not any(r.advantage for r in groups[n % args.prompts])]
+        if not numbers:
+            break
+    return [rollout for group in groups.values() for rollout in group]
+
+
+def roll_out(decoder, tokenizer, task, palette, step, asked, args):
+    """G judged rollouts of each row of `asked` (by its number in the step), the first few of each group under a prefix."""
+    rho, jobs = rho_at(args.schedule, step / args.steps), []                # jobs: (number, rollout index, guided)
+    for p in asked:
         guided = guided_count(rho, args.group, random.Random(seed_of(args.seed, "guided", step, p)).random())
         jobs += [(p, g, g < guided) for g in range(args.group)]
     latent_seeds = [seed_of(args.seed, "latent", step, p, g if args.latent_per == "rollout" else 0) for p, g, _ in jobs]
     prefixes, latents = palette.draw(latent_seeds)
     prefixes = [prefix if guided else None for prefix, (_, _, guided) in zip(prefixes, jobs)]
-    ids = {p: prompt_ids(asked[p]["question"], tokenizer, task.instruction, args.prompt) for p, _, _ in jobs}
+    ids = {p: prompt_ids(row["question"], tokenizer, task.instruction, args.prompt) for p, row in asked.items()}
     completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, sampling_of(args),
                                    [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
     completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, args.prompt))
@@ -143,8 +207,9 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
         rewards = task.judge(text, asked[p]["answer"], c.finish)
         rewards["overlong"] = overlong(len(c.ids), args.max_new_tokens, args.max_new_tokens // 5)
         reward = sum(weight * rewards[name] for name, weight in args.reward.items())
-        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent if guided else None, text, rewards,
-                                reward))
+        reward -= 1.0 if args.truncated == "penalise" and c.finish == "length" else 0.0
+        latent = latent if guided else None
+        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent, text, rewards, reward))
     return rollouts
 
 
@@ -157,61 +222,69 @@ def check_prompts(task, tokenizer, args):
                              f"question {row['question'][:80]!r}")
 
 
-def sampling_of(args):
-    return Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_new_tokens=args.max_new_tokens)
+def set_advantages(rollouts, args):
+    """Fill in each rollout's advantage in its group, exactly 0 without signal: no backward pass for rounding errors."""
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                           # [P, G]
+    values = advantages(rewards, args.advantage).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+    for rollout, value in zip(rollouts, values.flatten().tolist()):
+        rollout.advantage = value
 
 
 # ---- one update ---------------------------------------------------------------------------------------------------------
 
-def token_weights(rollouts, how, ranks, max_new_tokens):
-    """What one token of each rollout counts in the loss, from *global* counts: a list with one weight per rollout.
+def set_weights(rollouts, args, ranks):
+    """Fill in what a token of each rollout counts in the loss: its share in what the rollouts of *all ranks* count.
 
-    token: 1 / all tokens (DAPO). sequence: 1 / (its rollout's tokens x rollouts) (GRPO). constant: 1 / (rollouts x the
-    longest possible completion) (Dr. GRPO). Rollouts without signal count in the denominators too.
+    token: 1 / all tokens (DAPO). sequence: 1 / (its rollout's tokens x rollouts) (GRPO, GSPO). constant: 1 / (rollouts x the
+    longest possible completion) (Dr. GRPO). Groups without signal are counted. With --truncated mask a completion that the
+    length limit cut off is not, and weighs 0; its reward still stands in its group's baseline (as in DAPO's filter).
     """
-    tokens, count = ranks.total([sum(len(r.completion_ids) for r in rollouts), len(rollouts)])
-    per = {"token": lambda n: tokens, "sequence": lambda n: n * count, "constant": lambda n: count * max_new_tokens}[how]
-    return [1.0 / per(len(r.completion_ids)) for r in rollouts]
+    kept = [r for r in rollouts if not (args.truncated == "mask" and r.finish == "length")]
+    tokens, count = ranks.total([sum(len(r.completion_ids) for r in kept), len(kept)])
+    per = {"token": lambda n: tokens, "sequence": lambda n: n * count, "constant": lambda n: count * args.max_new_tokens}
+    for r in rollouts:
+        r.weight = 0.0
+    for r in kept:
+        r.weight = 1.0 / per[args.mean_over](len(r.completion_ids))
 
 
 def update(model, optimizer, reference, rollouts, args, ranks):
-    """One gradient step on this rank's rollouts. Returns sums over its completion tokens, and the gradient norm.
+    """One gradient step on this rank's rollouts. Returns its loss, the gradient norm, and the sums [2, 6] of TOKEN_METRICS.
 
-    Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them.
+    Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them. With --tis, pi_old is
+    the policy by training's own forward when a rollout is first trained on, which needs no pass of its own either.
     """
-    weights = token_weights(rollouts, args.mean_over, ranks, args.max_new_tokens)
-    live = [i for i, r in enumerate(rollouts) if r.advantage != 0 or reference is not None]
-    lengths = [rollouts[i].length for i in live]
-    sums = {"loss": 0.0, "tokens": 0, "clipped": 0, "log_ratio": 0.0, "kl": 0.0, "entropy": 0.0}
-    for group in ranks.level(micro_batches(lengths, args.tokens_per_batch)):
-        rows = [rollouts[live[i]] for i in group]
-        batch = ([r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows], sampling_of(args))
-        flat = lambda values: torch.tensor(values, device=ranks.device).repeat_interleave(
-            torch.tensor([len(r.completion_ids) for r in rows], device=ranks.device))                      # [N]
+    set_weights(rollouts, args, ranks)
+    live = [r for r in rollouts if r.weight and (r.advantage or reference is not None)]
+    loss_sum, sums = 0.0, torch.zeros(2, len(TOKEN_METRICS), dtype=torch.float64)
+    tensor = partial(torch.tensor, device=ranks.device)
+    for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
+        rows = [live[i] for i in group]
+        batch = [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows], sampling_of(args)
         with autocast(ranks.device, args.precision):
-            logprobs, entropy = completion_logprobs(model, *batch)                                          # [N], [N]
+            logprobs, entropy = completion_logprobs(model, *batch)                                      # [N], [N]
             with torch.no_grad():
                 anchor = None if reference is None else completion_logprobs(reference, *batch, with_entropy=False)[0]
         if not rows:                                        # under FSDP another rank has one micro-batch more: keep in step
             logprobs.sum().backward()
             continue
-        old = torch.tensor([value for r in rows for value in r.logprobs], device=ranks.device)
-        loss, statistics = policy_loss(logprobs, old, flat([r.advantage for r in rows]), flat([weights[live[i]] for i in group]),
-                                       args.clip_low, args.clip_high, anchor, args.kl)
+        row = tensor([i for i, r in enumerate(rows) for _ in r.completion_ids], dtype=torch.long)       # [N]
+        for i, r in enumerate(rows):
+            r.old = r.old or (logprobs.detach()[row == i].tolist() if args.tis else r.logprobs)
+        old, sampled = tensor([x for r in rows for x in r.old]), tensor([x for r in rows for x in r.logprobs])      # [N], [N]
+        advantage, weight = tensor([r.advantage for r in rows]), tensor([r.weight for r in rows])       # [R], [R]
+        loss, statistics = policy_loss(logprobs, old, sampled, row, advantage, weight, args.ratio, args.clip_low, args.clip_high,
+                                       args.tis, anchor, args.kl)
         loss.backward()
-        for name, value in {**statistics, "loss": loss.item(), "tokens": len(old), "entropy": entropy.sum().item()}.items():
-            sums[name] += value
-    return sums, apply_gradients(model, [optimizer], ranks)
+        loss_sum += loss.item()
+        sums += by_part(torch.cat([statistics, entropy[:, None]], 1), [r.guided for r in rows for _ in r.completion_ids])
+    return {"loss": loss_sum, "gradient_norm": apply_gradients(model, [optimizer], ranks), "sums": sums}
 
 
-def set_advantages(rollouts, args):
-    """Fill in each rollout's advantage within its group. Returns (groups, groups without reward variance)."""
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                 # [P, G]
-    values, silent = advantages(rewards, args.algorithm), (rewards == rewards[:, :1]).all(1)
-    values[silent] = 0.0                                    # exactly: no backward pass for rounding errors
-    for rollout, value in zip(rollouts, values.flatten().tolist()):
-        rollout.advantage = value
-    return len(rewards), int(silent.sum())
+def by_part(values, guided):
+    """values [N, K] and N truth values -> the sums [2, K] over unguided and over guided items, in double precision."""
+    values, guided = values.cpu().double(), torch.tensor(guided, dtype=torch.bool)
+    return torch.stack([values[~guided].sum(0), values[guided].sum(0)])
 
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
@@ -221,58 +294,58 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     state = run.restore(model, [optimizer])
     decoder = Decoder(model, end_ids(model, tokenizer), args.slots)
+    evaluated = lambda: evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
     if state["step"] == 0:
-        run.log("metrics", {"step": 0, "eval_accuracy": evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)})
-    accuracy, bar = math.nan, tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps,
-                                   desc=run.folder.name, disable=not run.writes)
+        run.log("metrics", {"step": 0, "eval_accuracy": evaluated()})
+    bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, desc=run.folder.name,
+               disable=not run.writes)
     for step in bar:
         began = time.time()
         set_learning_rate(optimizer, args, step)
         rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
         rolled = time.time()
         decoder.refresh()                                   # its packed weights are not held over the update
-        groups, silent = set_advantages(rollouts, args)
-        steps = []
-        for epoch in range(args.epochs):
-            share = args.prompts // args.minibatches // ranks.world * args.group
-            for start in range(0, len(rollouts), share):
-                steps.append(update(model, optimizer, reference, rollouts[start:start + share], args, ranks))
-        row = summary(rollouts, steps, groups, silent, ranks)
-        row = {"step": step + 1, "rho": SCHEDULES[args.schedule](step / args.steps), **row,
+        share = args.prompts // args.minibatches // ranks.world * args.group
+        updates = [update(model, optimizer, reference, rollouts[start:start + share], args, ranks)
+                   for _ in range(args.epochs) for start in range(0, len(rollouts), share)]
+        row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
                "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["eval_accuracy"] = evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
+            row["eval_accuracy"] = evaluated()
             run.keep_best(step + 1, row["eval_accuracy"], model, tokenizer)
-        accuracy = row.get("eval_accuracy", accuracy)
-        bar.set_postfix(rho=f"{row['rho']:.2f}", reward=f"{row['reward']:.2f}", eval=f"{accuracy:.2f}")
+        shown = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")
+        bar.set_postfix({name: row[name] for name in shown if row.get(name) is not None},
+                        tokens_s=row["rollouts"] * row["length"] / max(row["seconds"], 1e-3))
         run.log("metrics", row)
-        shown = rollouts[::args.group] + rollouts[args.group - 1::args.group]      # each group's first (guided, if any) and last
-        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in shown])
+        kept = rollouts[::args.group] + rollouts[args.group - 1::args.group]       # each group's first (guided, if any) and last
+        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in kept])
         if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
             run.save(step + 1, model, [optimizer])
     run.finish(model, tokenizer)
 
 
-def summary(rollouts, steps, groups, silent, ranks):
-    """One row of metrics over all ranks: means over rollouts, guided and unguided apart, and over updated tokens."""
-    parts = {"": rollouts, "_guided": [r for r in rollouts if r.guided], "_unguided": [r for r in rollouts if not r.guided]}
-    names, sums = ["reward", "length", "stopped", *rollouts[0].rewards], []
-    for own in parts.values():
-        values = [[r.reward, len(r.completion_ids), r.finish == "stop", *r.rewards.values()] for r in own]
-        sums += [len(own), *(sum(column) for column in zip(*values))] if own else [0] * (len(names) + 1)
-    token_sums = [sum(step[0][name] for step in steps) for name in ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")]
-    sums = ranks.total(sums + token_sums + [groups, silent, steps[0][0]["log_ratio"], steps[0][0]["tokens"]])
-    width, row = len(names) + 1, {}
-    for i, label in enumerate(parts):
-        count, *values = sums[width * i:width * (i + 1)]
-        row.update({"rollouts" + label: int(count), **{name + label: value / count if count else None
-                                                       for name, value in zip(names, values)}})
-    loss, tokens, clipped, log_ratio, kl, entropy, groups, silent, start_sum, start_tokens = sums[3 * width:]
-    tokens = max(tokens, 1)
-    return {**row, "loss": loss / len(steps), "clip_share": clipped / tokens, "kl": kl / tokens, "entropy": entropy / tokens,
-            "log_ratio": log_ratio / tokens, "log_ratio_start": start_sum / max(start_tokens, 1),
-            "gradient_norm": sum(norm for _, norm in steps) / len(steps),
-            "groups": int(groups), "groups_without_signal": int(silent)}
+def means(names, sums, ranks):
+    """sums [2, K] over this rank's unguided and guided items, the first their number -> means over all ranks, by name."""
+    (unguided, guided), row = ranks.total(sums.tolist()), {}
+    for part, (count, *values) in (("", map(sum, zip(unguided, guided))), ("_guided", guided), ("_unguided", unguided)):
+        row[names[0] + part] = int(count)
+        row.update({name + part: value / count if count else None for name, value in zip(names[1:], values)})
+    return row
+
+
+def summary(rollouts, updates, args, ranks):
+    """One row of metrics over all ranks: means over rollouts and over trained tokens, guided and unguided apart as well."""
+    values = [[1, r.reward, r.advantage, len(r.completion_ids), r.finish == "stop", *r.rewards.values()] for r in rollouts]
+    rolled = by_part(torch.tensor(values, dtype=torch.float64), [r.guided for r in rollouts])
+    groups = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
+    loss, count, silent, resampled = ranks.total([
+        sum(u["loss"] for u in updates) / len(updates), len(groups), sum(not any(r.advantage for r in group) for group in groups),
+        sum(group[0].prompt // args.prompts for group in groups)])          # the round a group is from
+    return {**means(("rollouts", "reward", "advantage", "length", "stopped", *rollouts[0].rewards), rolled, ranks), "loss": loss,
+            **means(TOKEN_METRICS, sum(u["sums"] for u in updates), ranks),
+            "log_ratio_start": means(TOKEN_METRICS, updates[0]["sums"], ranks)["log_ratio"],
+            "gradient_norm": sum(u["gradient_norm"] for u in updates) / len(updates),
+            "groups": int(count), "groups_without_signal": int(silent), "groups_resampled": int(resampled)}
 
 
 def sample_row(rollout, step, source):
@@ -283,30 +356,28 @@ def sample_row(rollout, step, source):
             "latent": rollout.latent.tolist() if rollout.latent is not None else None}
 
 
-# ---- the stages before it, and the table after it -----------------------------------------------------------------------
+# ---- the stages before it -----------------------------------------------------------------------------------------------
 
 def prepare(args, ranks):
     """Build what is missing below RL, each with the command a user would type. Returns {prefix kind: policy folder}."""
-    root = Path(args.out)
-    base = args.model
+    root, base, given = Path(args.out), args.model, args.vae
     if args.model == "tiny":
         base = str(root / "base")
-        argv = ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"]
-        stage(sft.main, argv, "sft.py", ranks)
+        stage(sft.main, ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"],
+              "sft.py", ranks)
         args.traces = args.traces or [f"{base}/traces.jsonl"]
-    traces = ["--traces", *args.traces]
-    given, args.vae = args.vae, args.vae or str(root / "vae")
+    common = ["--model", base, "--limit", str(args.limit), "--traces", *args.traces]
+    args.vae = given or str(root / "vae")
     if not (given and Path(given, "config.json").is_file()):            # a VAE that you name is used as it is
-        argv = ["--model", base, "--out", args.vae, "--limit", str(args.limit), *traces]
-        stage(vae_stage.main, argv, "vae.py", ranks, rank_0_only=True)
+        stage(vae_stage.main, ["--out", args.vae, *common], "vae.py", ranks, rank_0_only=True)
     policies = {}
     for kind in dict.fromkeys("none" if schedule == "none" else "prior" for schedule in args.schedules):
         folder = root / ("sft-none" if kind == "none" else "sft")
-        argv = ["--model", base, "--vae", args.vae, "--prefix", kind, "--out", str(folder), "--lr", str(args.sft_lr), "--batch",
-                str(args.sft_batch), "--limit", str(args.limit), *traces, "--precision", args.precision, "--device", args.device,
-                "--prompt", "plain" if args.prompt == "few-shot" else args.prompt, "--resume",
-                *(["--fsdp"] if args.fsdp else []), *(["--checkpointing"] if args.checkpointing else [])]
-        stage(sft.main, argv, "sft.py", ranks)
+        stage(sft.main, ["--out", str(folder), "--vae", args.vae, "--prefix", kind, "--lr", str(args.sft_lr), "--batch",
+                         str(args.sft_batch), *common, "--precision", args.precision, "--device", args.device, "--prompt",
+                         "plain" if args.prompt == "few-shot" else args.prompt, "--resume",
+                         *(["--fsdp"] if args.fsdp else []), *(["--checkpointing"] if args.checkpointing else [])],
+              "sft.py", ranks)
         policies[kind] = str(folder / "policy")
     return policies
 
@@ -322,127 +393,128 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
 
 # ---- command line -------------------------------------------------------------------------------------------------------
 
-# Defaults that differ between the tiny world and a real model, whose weights want far smaller steps.
-TINY = dict(schedules=["none", "two-phase", "linear"], lr=4e-4, sft_lr=3e-6, steps=60, max_new_tokens=34, eval_questions=256,
-            out="runs/tiny")
-REAL = dict(schedules=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real")
-REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and collect give, by name
-# What does not change a run's result, and so may differ when it is resumed.
-# The settings of the stages before RL stand in those stages' own config.json.
+# Defaults of a real model, whose weights want far smaller steps than the tiny world's.
+REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
+            tokens_per_batch=8192)
+REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and roll_out give, by name
+# What does not change a run's result, and so may differ when it is resumed; the stages below RL have a config.json of their own.
 NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",
                "sft_lr", "sft_batch", "limit", "vae", "traces")
 
 
-def two(name):
-    """The default of a flag in --help, where it depends on the model."""
-    return f"(default: {TINY[name]} for tiny, {REAL[name]} otherwise)"
-
-
 def add_model_flags(parser):
-    """Flags on model, data, injection and loss."""
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
-    data.add_argument("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
-    data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="for VAE and warm-up (default: the tiny world's)")
-    data.add_argument("--limit", type=int, default=2000, help="traces kept per source of your own (default: 2000)")
-    data.add_argument("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
-    data.add_argument("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
-    data.add_argument("--test-data", help="the same for the evaluation on the way (default: the task's own)")
-    data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
-    data.add_argument("--max-prompt", type=int, default=1024, help="longest prompt allowed, in tokens (default: 1024)")
-    data.add_argument("--out", help=f"folder of all stages {two('out')}")
-    inject = parser.add_argument_group("injection")
-    inject.add_argument("--schedule", nargs="+", dest="schedules", choices=list(SCHEDULES),
-                        help=f"rho(tau); one run each {two('schedules')}")
-    inject.add_argument("--source", default="prior", help=f"of prefixes: {', '.join(SOURCES)} or a domain (default: prior)")
-    inject.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
-    inject.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
-    inject.add_argument("--latent-per", choices=("rollout", "prompt"), default="rollout", help="one z each (default: rollout)")
-    loss = parser.add_argument_group("reward and loss")
-    loss.add_argument("--reward", nargs="+", default=["accuracy=1"], metavar="NAME=WEIGHT",
-                      help=f"the reward is their weighted sum; names: {', '.join(REWARDS)} (default: accuracy=1)")
-    loss.add_argument("--algorithm", choices=("grpo", "rloo", "dr-grpo"), default="grpo", help="advantages (default: grpo)")
-    loss.add_argument("--mean-over", choices=("token", "sequence", "constant"), default="token", help="(default: token)")
-    loss.add_argument("--clip-low", type=float, default=0.2, help="PPO clip below 1 (default: 0.2)")
-    loss.add_argument("--clip-high", type=float, default=0.2, help="PPO clip above 1 (default: 0.2)")
-    loss.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
-    loss.add_argument("--epochs", type=int, default=1, help="passes over each batch of rollouts (default: 1)")
-    loss.add_argument("--minibatches", type=int, default=1, help="updates per pass (default: 1)")
+    """Flags on data, injection, reward and loss; their defaults are the tiny world's, REAL and ALGORITHMS have the others'."""
+    data = parser.add_argument_group("model and data").add_argument
+    data("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
+    data("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
+    data("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="for VAE and warm-up (default: the tiny world's)")
+    data("--limit", type=int, default=2000, help="traces kept per source of your own (default: 2000)")
+    data("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
+    data("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
+    data("--test-data", help="the same for the evaluation on the way (default: the task's own)")
+    data("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
+    data("--max-prompt", type=int, default=1024, help="longest prompt allowed, in tokens (default: 1024)")
+    data("--out", default="runs/tiny", help="folder of all stages (default: %(default)s)")
+    inject = parser.add_argument_group("injection").add_argument
+    inject("--schedule", nargs="+", default=["none", "two-phase", "linear"], metavar="RHO", help="one run each: "
+           f"{', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0 with a jump at 0.5 (default: %(default)s)")
+    inject("--source", default="prior", help=f"of prefixes: {', '.join(SOURCES)} or a domain (default: prior)")
+    inject("--length", type=int, default=8, help="prefix rows L (default: 8)")
+    inject("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
+    inject("--latent-per", choices=("rollout", "prompt"), default="rollout", help="one z each (default: rollout)")
+    loss = parser.add_argument_group("reward and loss").add_argument
+    loss("--reward", nargs="+", default=["accuracy=1"], metavar="NAME=WEIGHT",
+         help=f"the reward is their weighted sum; names: {', '.join(REWARDS)} (default: accuracy=1)")
+    loss("--truncated", choices=("keep", "mask", "penalise"), default="keep", help="completions cut off by the length limit: "
+         "train on them, leave them out of the loss, or take 1 off their reward (default: keep)")
+    loss("--algorithm", choices=list(ALGORITHMS), default="grpo", help="sets the defaults of the next six flags (default: grpo)")
+    loss("--advantage", choices=("mean-std", "mean", "leave-one-out"), help="baseline and scale (default: %(default)s)")
+    loss("--mean-over", choices=("sequence", "token", "constant"), help="what the loss is a mean over (default: %(default)s)")
+    loss("--ratio", choices=("token", "sequence"), help="importance ratio of each token or completion (default: %(default)s)")
+    loss("--clip-low", type=float, help="PPO clip below 1 (default: %(default)s)")
+    loss("--clip-high", type=float, help="PPO clip above 1 (default: %(default)s)")
+    loss("--resample", type=int, help="fresh prompts tried in place of one without signal (default: %(default)s)")
+    loss("--tis", type=float, default=0.0, help="weigh tokens by min(pi_old / pi_sampler, TIS); 0: off (default: 0)")
+    loss("--kl", type=float, default=0.0, help="weight of the KL to the starting policy (default: 0, none held)")
 
 
 def add_training_flags(parser):
     """Flags on training, sampling and evaluation."""
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help=f"batches of rollouts {two('steps')}")
-    training.add_argument("--prompts", type=int, default=8, help="prompts per step, over all ranks (default: 8)")
-    training.add_argument("--group", type=int, default=8, help="rollouts per prompt G (default: 8)")
-    training.add_argument("--lr", type=float, help=f"AdamW's learning rate {two('lr')}")
-    training.add_argument("--sft-lr", type=float, help=f"of the warm-up {two('sft_lr')}")
-    training.add_argument("--sft-batch", type=int, default=64, help="rows per warm-up update (default: 64)")
-    training.add_argument("--seed", type=int, nargs="+", dest="seeds", default=[0], help="RL seeds, one run each (default: 0)")
-    training.add_argument("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
-    training.add_argument("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
-    sampling = parser.add_argument_group("sampling of rollouts")
-    sampling.add_argument("--temperature", type=float, default=1.0, help="(default: 1)")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="(default: 1, off)")
-    sampling.add_argument("--top-k", type=int, default=0, help="(default: 0, off)")
-    sampling.add_argument("--max-new-tokens", type=int, help=f"longest completion {two('max_new_tokens')}")
-    sampling.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
-    measure = parser.add_argument_group("evaluation")
-    measure.add_argument("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
-    measure.add_argument("--eval-questions", type=int, help=f"test questions of these {two('eval_questions')}")
-    measure.add_argument("--arms", nargs="+", default=["all"], help="arms of the table at the end, or none (default: all)")
-    measure.add_argument("--arm-questions", type=int, default=64, help="test questions of the arms (default: 64)")
-    measure.add_argument("--arm-samples", type=int, default=32, help="samples a question in every arm (default: 32)")
+    training = parser.add_argument_group("training").add_argument
+    training("--steps", type=int, default=60, help="batches of rollouts (default: %(default)s)")
+    training("--prompts", type=int, default=8, help="prompts per step, over all ranks (default: 8)")
+    training("--group", type=int, default=8, help="rollouts per prompt G (default: 8)")
+    training("--epochs", type=int, default=1, help="passes over each batch of rollouts (default: 1)")
+    training("--minibatches", type=int, default=1, help="updates per pass (default: 1)")
+    training("--lr", type=float, default=4e-4, help="AdamW's learning rate (default: %(default)s)")
+    training("--sft-lr", type=float, default=3e-6, help="of the warm-up (default: %(default)s)")
+    training("--sft-batch", type=int, default=64, help="rows per warm-up update (default: 64)")
+    training("--seed", type=int, nargs="+", default=[0], help="RL seeds, one run each (default: 0)")
+    training("--base-seed", type=int, default=0, help="seed of the tiny base model (default: 0)")
+    training("--base-steps", type=int, default=900, help="pretraining steps of the tiny base model (default: 900)")
+    sampling = parser.add_argument_group("sampling of rollouts").add_argument
+    sampling("--temperature", type=float, default=1.0, help="of rollouts (default: 1)")
+    sampling("--top-p", type=float, default=1.0, help="likeliest tokens kept, by their sum (default: 1, all)")
+    sampling("--top-k", type=int, default=0, help="likeliest tokens kept, by number (default: 0, all)")
+    sampling("--max-new-tokens", type=int, default=34, help="longest completion (default: %(default)s)")
+    sampling("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
+    measure = parser.add_argument_group("evaluation").add_argument
+    measure("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
+    measure("--eval-questions", type=int, default=256, help="test questions of these (default: %(default)s)")
+    measure("--arms", nargs="+", default=["all"], help="arms of the table at the end, or none (default: all)")
+    measure("--arm-questions", type=int, default=64, help="test questions of the arms (default: 64)")
+    measure("--arm-samples", type=int, default=32, help="samples a question in every arm (default: 32)")
 
 
 def parse_args(argv=None):
-    """The flags, with the model's own defaults filled in; exits with status 2 and one sentence if they cannot be right."""
+    """The flags; --model and --algorithm change the defaults of others. Status 2 and one sentence if they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     add_training_flags(parser)
-    sft.add_machine_flags(parser, tokens_per_batch=8192, save_every=20)
+    sft.add_machine_flags(parser, tokens_per_batch=1024, save_every=20)
+    argv = sys.argv[1:] if argv is None else argv
+    known = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
+    parser.set_defaults(**(REAL if known.model != "tiny" else {}), **dict(zip(PRESETS, ALGORITHMS[known.algorithm])))
     args = parser.parse_args(argv)
-    for name, value in (TINY if args.model == "tiny" else REAL).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args.schedules, args.seeds = args.schedule, args.seed
     if args.model == "tiny" and not args.traces:
         args.limit = 10**9
-    return checked(parser, args)
-
-
-def checked(parser, args):
-    """Refuse, before any work, what would fail after an hour or train on nothing."""
     require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
                      "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch",
                      "limit", "base_steps")
     try:
-        args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
-    except ValueError:
-        parser.error(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}")
-    for name in set(args.reward) - set(REWARDS):
-        parser.error(f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
-    if args.group < 2:
-        parser.error(f"--group must be at least 2, not {args.group}: {args.algorithm} compares the rollouts of one prompt")
-    if args.length < 0:
-        parser.error(f"--length must be 0 or more, not {args.length}")
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
-    if args.model != "tiny" and not args.traces:
-        parser.error("--traces is needed to train the VAE and to warm up a model other than tiny")
-    domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces or () if "=" in spec]
-    if args.model == "tiny" or args.traces and len(domains) == len(args.traces):    # else rows or VAE name the domains
-        if args.source not in (*SOURCES, *domains):
-            parser.error(f"unknown --source '{args.source}': choose one of {', '.join([*SOURCES, *domains])}")
-        evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
-    for name in ("lr", "sft_lr", "kl", "clip_low", "clip_high", "lr_warmup"):
-        if not getattr(args, name) >= 0:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
-    try:
-        sampling_of(args)
+        check(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def check(args):
+    """Refuse, before any work, what would fail after an hour or train on nothing: ValueError."""
+    def require(right, why):
+        if not right:
+            raise ValueError(why)
+
+    for name in ("length", "resample", "lr", "sft_lr", "kl", "clip_low", "clip_high", "tis", "lr_warmup"):
+        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    require(args.group >= 2, f"--group must be at least 2, not {args.group}: the rollouts of one prompt are compared")
+    require(args.temperature > 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
+    require(args.tis == 0 or args.tis >= 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1")
+    require(args.model == "tiny" or args.traces, "--traces is needed to train the VAE and to warm up a model other than tiny")
+    try:
+        args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
+    except ValueError:
+        raise ValueError(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}") from None
+    for name in args.reward:
+        require(name in REWARDS, f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
+    domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces if "=" in spec]
+    if args.model == "tiny" or len(domains) == len(args.traces):                # else rows or VAE name the domains
+        known = [*SOURCES, *domains]
+        require(args.source in known, f"unknown --source '{args.source}': choose one of {', '.join(known)}")
+        evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
+    sampling_of(args)
+    for schedule in args.schedules:
+        points_of(schedule)
 
 
 def main(argv=None):
@@ -458,9 +530,10 @@ def main(argv=None):
         check_prompts(task, load_tokenizer(args.model), args)
     policies, folders = prepare(args, ranks), {}
     for args.schedule in args.schedules:
+        name = args.schedule if args.schedule in SCHEDULES else "rho" + args.schedule.replace(":", "=").replace(",", "_")
+        name += "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
         for args.seed in args.seeds:
-            source = "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
-            folder = Path(args.out) / f"{args.algorithm}-{args.schedule}{source}-s{args.seed}"
+            folder = Path(args.out) / f"{args.algorithm}-{name}-s{args.seed}"
             config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
             run = Run(folder, config, ranks, args.resume, args.overwrite)
             folders.setdefault(args.schedule, []).append(folder)

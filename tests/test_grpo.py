@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 import grpo
 import sft
 import vae as vae_script
-from grpo import (SCHEDULES, Rollout, advantages, collect, guided_count, policy_loss, rows_of_step, set_advantages, token_weights,
-                  train, update)
+from grpo import (ALGORITHMS, Rollout, advantages, collect, guided_count, policy_loss, rho_at, rows_of_step, set_advantages,
+                  set_weights, train, update)
 from prefix import Decoder, Palette, load_policy
 from rewards import Task, tiny_task
 from sft import Ranks, Run, make_optimizer
@@ -29,16 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     # mean 1/4, sample variance ((3/4)^2 + 3 (1/4)^2) / 3 = 1/4, so std 1/2
-    torch.testing.assert_close(advantages(rewards, "grpo"), torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.0] * 4]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(advantages(rewards, "rloo"), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
-    torch.testing.assert_close(advantages(rewards, "dr-grpo"), torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4]))
+    by_std = torch.tensor([[1.5, -0.5, -0.5, -0.5], [0.0] * 4])
+    torch.testing.assert_close(advantages(rewards, "mean-std"), by_std, atol=1e-3, rtol=0)
+    torch.testing.assert_close(advantages(rewards, "leave-one-out"), torch.tensor([[1.0, -1 / 3, -1 / 3, -1 / 3], [0.0] * 4]))
+    torch.testing.assert_close(advantages(rewards, "mean"), torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4]))
 
 
 def test_schedules():
     taus = (0.0, 0.25, 0.49, 0.5, 0.75)
-    expected = {"none": (0, 0, 0, 0, 0), "constant": (1, 1, 1, 1, 1), "two-phase": (1, 1, 1, 0, 0), "linear": (1, 0.75, 0.51, 0.5, 0.25)}
+    expected = {"none": (0, 0, 0, 0, 0), "constant": (1, 1, 1, 1, 1), "two-phase": (1, 1, 1, 0, 0),
+                "linear": (1, 0.75, 0.51, 0.5, 0.25), "0:0.3": (0.3,) * 5,
+                "0.25:0,0.75:1": (0, 0, 0.48, 0.5, 1), "0:0,0.5:0.5,0.5:1,1:0": (0, 0.25, 0.49, 1, 0.5)}
     for name, values in expected.items():
-        assert [SCHEDULES[name](tau) for tau in taus] == pytest.approx(values)
+        assert [rho_at(name, tau) for tau in taus] == pytest.approx(values), name
 
 
 @pytest.mark.parametrize("rho, group", [(0.0, 8), (1.0, 8), (0.5, 8), (0.3, 8), (0.0625, 8), (1 / 3, 3), (0.9, 7)])
@@ -49,10 +53,11 @@ def test_the_share_of_guided_rollouts_is_right_on_average(rho, group):
 
 
 def loss_of(ratio, advantage, **options):
-    logprobs = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, statistics = policy_loss(logprobs, torch.zeros(1), torch.tensor([advantage]), torch.ones(1), **options)
+    """(loss, its gradient by the log-prob, clipped or not) of a single token."""
+    logprobs, old = torch.tensor([math.log(ratio)], requires_grad=True), torch.zeros(1)
+    loss, statistics = policy_loss(logprobs, old, old, torch.tensor([0]), torch.tensor([advantage]), torch.ones(1), **options)
     loss.backward()
-    return loss.item(), logprobs.grad.item(), statistics
+    return loss.item(), logprobs.grad.item(), bool(statistics[0, 1])
 
 
 def test_the_clipped_surrogate_by_hand():
@@ -62,17 +67,33 @@ def test_the_clipped_surrogate_by_hand():
     assert loss_of(0.5, 2.0)[:2] == pytest.approx((-1.0, -1.0))
     assert loss_of(0.5, -2.0)[:2] == pytest.approx((1.6, 0.0))
     assert loss_of(1.25, 2.0, clip_high=0.28)[:2] == pytest.approx((-2.5, -2.5))
-    assert [loss_of(1.5, a)[2]["clipped"] for a in (2.0, -2.0)] == [1, 0]
+    assert [loss_of(1.5, a)[2] for a in (2.0, -2.0)] == [True, False]
 
 
 def test_the_k3_kl_by_hand():
     logprobs = torch.tensor([math.log(0.5)], requires_grad=True)
-    loss, statistics = policy_loss(logprobs, logprobs.detach(), torch.zeros(1), torch.ones(1), reference=torch.tensor([math.log(0.25)]),
-                                   kl_weight=0.1)
-    assert statistics["kl"] == pytest.approx(0.5 - math.log(0.5) - 1)       # r = 1/2: r - log r - 1
-    assert loss.item() == pytest.approx(0.1 * statistics["kl"])
+    old = logprobs.detach()
+    loss, statistics = policy_loss(logprobs, old, old, torch.tensor([0]), torch.zeros(1), torch.ones(1),
+                                   reference=torch.tensor([math.log(0.25)]), kl=0.1)
+    assert statistics[0, 4].item() == pytest.approx(0.5 - math.log(0.5) - 1)    # x = 1/2: x - log x - 1
+    assert loss.item() == pytest.approx(0.1 * statistics[0, 4].item())
     loss.backward()
     assert logprobs.grad.item() == pytest.approx(0.1 * (1 - 0.5))           # d/dlogp (e^g - g - 1) = 1 - e^g
+
+
+def test_truncated_importance_weights_by_hand():
+    """Tokens that pi_old draws 3, 1 and 1/2 times as often as the sampler, cap 2: weights 2, 1, 1/2, which are constants."""
+    row, advantage, weight = torch.tensor([0, 0, 1]), torch.tensor([1.0, -2.0]), torch.ones(2)
+    logprobs = torch.zeros(3, requires_grad=True)
+    old, sampled = torch.zeros(3), -torch.tensor([3.0, 1.0, 0.5]).log()
+    loss, statistics = policy_loss(logprobs, old, sampled, row, advantage, weight, tis=2.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(-2 - 1 + 2 * 0.5) and logprobs.grad.tolist() == pytest.approx([-2.0, -1.0, 1.0])
+    assert statistics[:, 3].tolist() == pytest.approx([2.0, 1.0, 0.5])
+    assert statistics[:, 2].tolist() == pytest.approx([math.log(3), 0, math.log(2)])
+    off, _ = policy_loss(logprobs, old, sampled, row, advantage, weight)
+    same, _ = policy_loss(logprobs, old, old, row, advantage, weight, tis=2.0)
+    assert off.item() == same.item() == 0.0                                 # -1 - 1 + 2
 
 
 def fake_rollouts(lengths, values, prompt=0):
@@ -80,17 +101,63 @@ def fake_rollouts(lengths, values, prompt=0):
             for n, value in zip(lengths, values)]
 
 
-def test_token_weights_sum_to_one():
+A = 0.5 / (0.5 ** 0.5 + 1e-4)               # (1, 0): mean 1/2, sample standard deviation sqrt(1/2)
+BY_HAND = {                             # a token of ratio 3/2 with reward 1; three of ratios 1/2, 1, 2 with reward 0; limit 10
+    "grpo": -(1.2 * A / 1 + (-0.8 - 1 - 2) * A / 3) / 2,                    # each completion's mean, then the mean of the two
+    "rloo": -(1.2 - 0.8 - 1 - 2) * 1 / 20,                                  # each is the other's baseline: advantages 1 and -1
+    "dr-grpo": -(1.2 - 0.8 - 1 - 2) * 0.5 / 20,                             # advantages 1/2 and -1/2
+    "dapo": -(1.28 - 0.8 - 1 - 2) * A / 4,                                  # four tokens, clipped at 1.28
+    "gspo": -(1.0004 - 1) * A / 2}                                          # the geometric mean of 1/2, 1, 2 is 1; 3/2 is clipped
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_algorithm_by_hand(algorithm):
+    args = grpo.parse_args(["--algorithm", algorithm, "--group", "2", "--max-new-tokens", "10"])
+    rollouts = fake_rollouts([1, 3], [1.0, 0.0])
+    set_advantages(rollouts, args)
+    set_weights(rollouts, args, ALONE)
+    logprobs, old = torch.tensor([1.5, 0.5, 1.0, 2.0]).log(), torch.zeros(4)
+    loss, _ = policy_loss(logprobs, old, old, torch.tensor([0, 1, 1, 1]), torch.tensor([r.advantage for r in rollouts]),
+                          torch.tensor([r.weight for r in rollouts]), args.ratio, args.clip_low, args.clip_high)
+    assert loss.item() == pytest.approx(BY_HAND[algorithm], rel=1e-4, abs=1e-7)
+
+
+def test_an_algorithm_sets_defaults_which_flags_override():
+    dapo = grpo.parse_args(["--algorithm", "dapo", "--clip-high", "0.3"])
+    assert (dapo.clip_low, dapo.clip_high, dapo.mean_over, dapo.resample, dapo.advantage) == (0.2, 0.3, "token", 2, "mean-std")
+    assert grpo.parse_args(["--algorithm", "gspo", "--ratio", "token"]).ratio == "token"
+    assert vars(grpo.parse_args([])) == vars(grpo.parse_args(["--algorithm", "grpo", "--model", "tiny"]))
+    real = grpo.parse_args(["--model", "some/model", "--traces", "t.jsonl", "--steps", "7"])
+    assert (real.lr, real.steps, real.schedules, real.out) == (1e-6, 7, ["two-phase"], "runs/real")
+
+
+def weights_of(rollouts, mean_over, truncated="keep"):
+    set_weights(rollouts, SimpleNamespace(mean_over=mean_over, truncated=truncated, max_new_tokens=10), ALONE)
+    return [r.weight for r in rollouts]
+
+
+def test_token_weights_by_hand():
     rollouts = fake_rollouts([2, 3, 5], [1, 0, 0])
-    assert token_weights(rollouts, "token", ALONE, 10) == pytest.approx([0.1] * 3)
-    assert token_weights(rollouts, "sequence", ALONE, 10) == pytest.approx([1 / 6, 1 / 9, 1 / 15])
-    assert token_weights(rollouts, "constant", ALONE, 10) == pytest.approx([1 / 30] * 3)
+    assert weights_of(rollouts, "token") == pytest.approx([0.1] * 3)
+    assert weights_of(rollouts, "sequence") == pytest.approx([1 / 6, 1 / 9, 1 / 15])
+    assert weights_of(rollouts, "constant") == pytest.approx([1 / 30] * 3)
 
 
-def test_groups_without_signal_are_counted_and_exactly_zero():
-    args = SimpleNamespace(group=3, algorithm="grpo")
-    rollouts = fake_rollouts([1] * 6, [0.7, 0.7, 0.7, 0, 1, 0])            # the float mean of three 0.7 is not 0.7
-    assert set_advantages(rollouts, args) == (2, 1)
+def test_a_masked_completion_is_in_neither_numerator_nor_denominator():
+    rollouts = fake_rollouts([2, 3, 5], [1, 0, 0])
+    rollouts[2].finish = "length"
+    assert weights_of(rollouts, "token", "mask") == pytest.approx([1 / 5, 1 / 5, 0])
+    assert weights_of(rollouts, "sequence", "mask") == pytest.approx([1 / 4, 1 / 6, 0])
+    assert weights_of(rollouts, "constant", "mask") == pytest.approx([1 / 20, 1 / 20, 0])
+    assert weights_of(rollouts, "token", "penalise") == weights_of(rollouts, "token") == pytest.approx([0.1] * 3)
+    for r in rollouts:
+        r.finish = "length"
+    assert weights_of(rollouts, "token", "mask") == [0, 0, 0]               # nothing left: no division by zero
+
+
+def test_groups_without_signal_are_exactly_zero():
+    rollouts = fake_rollouts([1] * 6, [0.9, 0.9, 0.9, 0, 1, 0])            # the float mean of three 0.9 is not 0.9
+    set_advantages(rollouts, SimpleNamespace(group=3, advantage="mean-std"))
     assert [r.advantage for r in rollouts[:3]] == [0.0] * 3 and rollouts[4].advantage > 0 > rollouts[3].advantage
 
 
@@ -102,6 +169,14 @@ def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order():
     assert len(rows_of_step(task, 0, 25, seed=3)) == 25                                           # more than an epoch
 
 
+def test_replacements_are_the_other_questions_and_leave_the_epoch_as_it_is():
+    task = Task("t", train=[{"question": str(i), "answer": "1"} for i in range(12)], test=[])
+    rows = [[row["question"] for row in rows_of_step(task, step, 4, seed=3, extra=2)] for step in (0, 1)]
+    assert all(sorted(shown, key=int) == [str(i) for i in range(12)] for shown in rows)           # 4 + 2 x 4, none twice
+    assert rows[0][4:] != rows[1][4:] and rows[0][:4] == [row["question"] for row in rows_of_step(task, 0, 4, seed=3)]
+    assert len(rows_of_step(task, 0, 12, seed=3, extra=1)) == 24                                  # no other left: asked again
+
+
 # ---- the update ---------------------------------------------------------------------------------------------------------
 
 def arguments(**changes):
@@ -109,6 +184,8 @@ def arguments(**changes):
     args = grpo.parse_args(["--steps", "4", "--prompts", "4", "--group", "4", "--length", "3", "--max-new-tokens", "12",
                             "--eval-questions", "8", "--eval-every", "2", "--save-every", "1"])
     args.schedule, args.seed = "linear", 0
+    if "algorithm" in changes:
+        changes = {**dict(zip(grpo.PRESETS, ALGORITHMS[changes["algorithm"]])), **changes}
     for name, value in changes.items():
         assert hasattr(args, name)
         setattr(args, name, value)
@@ -129,62 +206,190 @@ def task():
     return FirstToken("first", tiny.train, tiny.test)
 
 
-def rollouts_of(model, tokenizer, vae, task, args):
-    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
-    rollouts = collect(Decoder(model, slots=5), tokenizer, task, palette, 1, args, ALONE)
-    set_advantages(rollouts, args)
-    return rollouts
+def rollouts_of(model, tokenizer, vae, task, args, ranks=ALONE, source="prior"):
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), source, args.length, not args.independent)
+    return collect(Decoder(model, slots=5), tokenizer, task, palette, 1, args, ranks)
 
 
-def gradient_of(model, rollouts, args):
-    """The gradient that update() would apply, with everything that follows it left out."""
+def gradient_of(model, rollouts, args, reference=None, ranks=ALONE):
+    """The gradient that update() would apply, with everything that follows it left out; and its metrics, summed over parts."""
     found = {}
 
     def grab(model, *_):
-        found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+        found.update({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()})
         model.zero_grad()
         return 0.0
 
+    for r in rollouts:
+        r.old = None                                                        # as if newly sampled
     original, grpo.apply_gradients = grpo.apply_gradients, grab
     try:
-        sums, _ = update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
+        sums = update(model, make_optimizer(model, 1e-3), reference, rollouts, args, ranks)["sums"]
     finally:
         grpo.apply_gradients = original
-    return found, sums
+    return found, dict(zip(grpo.TOKEN_METRICS, sums.sum(0).tolist()))
 
 
-VARIANTS = [("grpo", "token"), ("rloo", "sequence"), ("dr-grpo", "constant")]
+def assert_same_gradients(one, other, atol=1e-6, scale=1.0):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(scale * one[name], other[name], atol=atol, rtol=1e-3, msg=lambda m: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("algorithm, mean_over", VARIANTS)
-def test_the_first_update_is_on_policy_and_its_gradient_is_the_formula(model, tokenizer, vae, task, algorithm, mean_over):
-    """With prefixes on some rows, end tokens, uneven lengths, temperature 0.7: log-ratio 0, gradient = -A grad log p / normaliser."""
-    args = arguments(algorithm=algorithm, mean_over=mean_over, temperature=0.7)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_first_update_is_on_policy_and_its_gradient_is_the_formula(model, tokenizer, vae, task, algorithm):
+    """Prefixes on some rows, end tokens, uneven lengths, temperature 0.7: log-ratio 0, gradient = -A grad log p / normaliser.
+
+    On policy a clip changes nothing, and the gradient of a completion's geometric mean ratio is that of its mean log-prob.
+    """
+    args = arguments(algorithm=algorithm, temperature=0.7, resample=0, truncated="mask")
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
-    assert {r.guided for r in rollouts} == {True, False} and {r.finish for r in rollouts} >= {"length"}
+    assert {r.guided for r in rollouts} == {True, False} and {r.finish for r in rollouts} == {"length", "stop"}
     ours, sums = gradient_of(model, rollouts, args)
     assert sums["log_ratio"] / sums["tokens"] < 1e-5
-    tokens, embed, total = sum(len(r.completion_ids) for r in rollouts), model.get_input_embeddings(), 0.0
-    for r in rollouts:
+    kept = [r for r in rollouts if r.finish == "stop"]
+    tokens, embed, total = sum(len(r.completion_ids) for r in kept), model.get_input_embeddings(), 0.0
+    for r in kept:
         lead = r.prefix if r.guided else torch.zeros(0, 128)
         inputs = torch.cat([lead, embed(torch.tensor(r.prompt_ids + r.completion_ids))])[None]
         logprobs = (model(inputs_embeds=inputs).logits[0, -len(r.completion_ids) - 1:-1] / 0.7).log_softmax(-1)
         picked = logprobs.gather(1, torch.tensor(r.completion_ids)[:, None]).sum()
-        normaliser = {"token": tokens, "sequence": len(r.completion_ids) * len(rollouts), "constant": len(rollouts) * 12}[mean_over]
-        total = total - r.advantage * picked / normaliser
+        total = total - r.advantage * picked / {"token": tokens, "sequence": len(r.completion_ids) * len(kept),
+                                                "constant": len(kept) * 12}[args.mean_over]
     total.backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, atol=2e-6, rtol=1e-3, msg=name)
+    assert_same_gradients(ours, {name: p.grad for name, p in model.named_parameters()}, atol=2e-6)
 
 
-@pytest.mark.parametrize("algorithm, mean_over", VARIANTS)
-def test_the_gradient_does_not_depend_on_the_micro_batches(model, tokenizer, vae, task, algorithm, mean_over):
-    args = arguments(algorithm=algorithm, mean_over=mean_over)
+def test_two_pairs_of_algorithms_agree_on_policy(model, tokenizer, vae, task):
+    rollouts, found = rollouts_of(model, tokenizer, vae, task, arguments()), {}
+    for name in ("grpo", "gspo", "rloo", "dr-grpo"):
+        args = arguments(algorithm=name)
+        set_advantages(rollouts, args)
+        found[name] = gradient_of(model, rollouts, args)[0]
+    assert_same_gradients(found["grpo"], found["gspo"])
+    assert_same_gradients(found["rloo"], found["dr-grpo"], scale=3 / 4)
+
+
+OPTIONS = [*(dict(algorithm=name) for name in ALGORITHMS),
+           dict(truncated="mask"), dict(truncated="penalise", tis=1.5), dict(kl=0.2)]
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_the_gradient_does_not_depend_on_micro_batches_or_ranks(model, tokenizer, vae, task, changes):
+    """Off policy, so that ratios differ from 1 and some are clipped; with uneven lengths and a group without signal."""
+    args = arguments(**{"resample": 0, **changes})
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
-    found = [gradient_of(model, rollouts, SimpleNamespace(**{**vars(args), "tokens_per_batch": size}))[0] for size in (1, 90, 10**6)]
-    for other in found[1:]:
-        for name in other:
-            torch.testing.assert_close(found[0][name], other[name], atol=1e-6, rtol=1e-3, msg=name)
+    for r in rollouts[:4]:
+        r.advantage = 0.0
+    rng, reference = random.Random(0), copy.deepcopy(model) if args.kl else None
+    for i, r in enumerate(rollouts):
+        r.completion_ids, r.finish = r.completion_ids[:1 + i % 7], "length" if i % 3 == 0 else "stop"
+        r.logprobs = [x + rng.gauss(0, 0.3) for x in r.logprobs[:1 + i % 7]]
+    longest = max(r.length for r in rollouts)
+    found = [gradient_of(model, rollouts, SimpleNamespace(**{**vars(args), "tokens_per_batch": rows * longest}), reference)
+             for rows in (1, 3, 8, 100)]
+    for other, sums in found[1:]:
+        assert_same_gradients(found[0][0], other)
+        assert sums == pytest.approx(found[0][1], rel=1e-5)
+    assert any(value.abs().max() > 1e-5 for value in found[0][0].values()) and (args.tis or found[0][1]["clip_share"] > 0)
+
+    kept = [r for r in rollouts if r.weight or args.truncated != "mask"]    # what two ranks would agree on in Ranks.total
+
+    class Half(Ranks):
+        def total(self, values):
+            return [sum(len(r.completion_ids) for r in kept), len(kept)]
+
+    halves = [gradient_of(model, [r for r in rollouts if r.prompt % 2 == rank], args, reference, Half(rank, 2, ALONE.device))
+              for rank in (0, 1)]
+    assert_same_gradients(found[0][0], {name: halves[0][0][name] + halves[1][0][name] for name in halves[0][0]})
+
+
+def test_an_end_token_is_trained(model, tokenizer):
+    """Bug 1 of design.md: a completion that is nothing but its end token becomes likelier."""
+    args, end = arguments(), tokenizer.eos_token_id
+    rollout = Rollout(0, [5, 6], [end], [0.0], "stop", None, None, "", {}, 1.0, advantage=1.0)
+    likely = lambda: model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)[end].item()
+    rollout.logprobs, optimizer = [likely()], make_optimizer(model, 1e-3)
+    before = likely()
+    update(model, optimizer, None, [rollout], args, ALONE)
+    assert likely() > before + 0.01
+
+
+def test_truncated_completions_are_penalised_or_kept(model, tokenizer, vae, task):
+    kept, penalised, masked = (rollouts_of(model, tokenizer, vae, task, arguments(truncated=how))
+                               for how in ("keep", "penalise", "mask"))
+    assert 0 < sum(r.finish == "length" for r in kept) < len(kept)
+    for one, two, three in zip(kept, penalised, masked):
+        assert one.completion_ids == two.completion_ids == three.completion_ids and one.rewards == two.rewards
+        assert two.reward == one.reward - (one.finish == "length") and three.reward == one.reward
+        assert three.advantage == one.advantage                             # masked ones stay in their group's baseline
+
+
+def test_importance_weights_scale_the_gradient_and_nothing_changes_without_a_gap(model, tokenizer, vae, task):
+    args = arguments()
+    rollouts = rollouts_of(model, tokenizer, vae, task, args)
+    off = gradient_of(model, rollouts, args)[0]
+    assert_same_gradients(off, gradient_of(model, rollouts, arguments(tis=2.0))[0])         # sampler and training agree
+    for r in rollouts:
+        r.logprobs = [x - math.log(1.5) for x in r.logprobs]                # a sampler that drew each token too rarely
+    doubled, sums = gradient_of(model, rollouts, arguments(tis=2.0))
+    assert_same_gradients(off, doubled, scale=1.5)
+    assert sums["clip_share"] == 0 and sums["tis_weight"] / sums["tokens"] == pytest.approx(1.5, abs=1e-4)
+    assert sums["log_ratio"] / sums["tokens"] == pytest.approx(math.log(1.5), abs=1e-4)
+    assert_same_gradients(off, gradient_of(model, rollouts, arguments(tis=1.2))[0], scale=1.2)
+    assert gradient_of(model, rollouts, args)[1]["clip_share"] > 0          # without them the gap is taken for an update
+
+
+def test_pi_old_stays_what_it_was_at_the_first_epoch(model, tokenizer, vae, task):
+    args = arguments(tis=2.0)
+    rollouts = [r for r in rollouts_of(model, tokenizer, vae, task, args) if r.advantage]
+    optimizer, before = make_optimizer(model, 3e-3), copy.deepcopy(model)
+    for _ in range(3):
+        sums = update(model, optimizer, None, rollouts, args, ALONE)["sums"].sum(0)
+        assert sum(len(r.old) for r in rollouts) == int(sums[0])
+    assert sums[1] > 0                                                      # the ratio left the clip range
+    expected = gradient_of(before, rollouts, args) and [x for r in rollouts for x in r.old]
+    torch.testing.assert_close(torch.tensor(expected), torch.tensor([x for r in rollouts for x in r.logprobs]), atol=1e-5, rtol=0)
+
+
+class SomePrompts(Task):
+    """No completion of a question about lists is right; of the others about half are."""
+
+    def judge(self, completion, gold, finish="stop"):
+        return {"accuracy": float(gold == "arith" and len(completion) % 2), "answered": 1.0}
+
+
+def some_prompts():
+    rows = tiny_task(40, 8).train
+    return SomePrompts("some", [{**row, "answer": row["family"]} for row in rows], rows[:8])
+
+
+def test_groups_without_signal_are_replaced_a_bounded_number_of_times(model, tokenizer, vae):
+    task = some_prompts()
+    without, once, often = (rollouts_of(model, tokenizer, vae, task, arguments(resample=rounds)) for rounds in (0, 1, 6))
+    silent = lambda rollouts: sum(not any(r.advantage for r in rollouts[i:i + 4]) for i in range(0, 16, 4))
+    assert silent(without) > 0 == silent(often) and silent(without) >= silent(once)
+    for plain, replaced in zip(without, often):                             # a group with signal is left as it was
+        assert replaced.prompt % 4 == plain.prompt
+        assert replaced.prompt >= 4 or replaced.completion_ids == plain.completion_ids
+    assert [r.prompt % 4 for r in often] == [p for p in range(4) for _ in range(4)] and max(r.prompt for r in often) < 4 * 7
+    assert len({tuple(r.prompt_ids) for r in often}) == 4
+    row = grpo.summary(often, [NOTHING_TRAINED], arguments(), ALONE)
+    assert row["groups_without_signal"] == 0 and row["groups_resampled"] == sum(r.prompt // 4 for r in often[::4]) > 0
+    hopeless = SomePrompts("none", [{**row, "answer": "list"} for row in task.train], task.test)
+    last = rollouts_of(model, tokenizer, vae, hopeless, arguments(resample=2))
+    assert [r.prompt for r in last[::4]] == [8, 9, 10, 11]                  # the last round's stay, without signal
+
+
+def test_resampling_is_the_same_on_one_rank_and_on_two(model, tokenizer, vae):
+    args = arguments(resample=3)
+    whole = rollouts_of(model, tokenizer, vae, some_prompts(), args)
+    halves = [rollouts_of(model, tokenizer, vae, some_prompts(), args, Ranks(rank, 2, ALONE.device)) for rank in (0, 1)]
+    shown = lambda rollouts: {(r.prompt, tuple(r.prompt_ids), tuple(r.completion_ids), r.guided) for r in rollouts}
+    assert shown(halves[0]) | shown(halves[1]) == shown(whole) and max(r.prompt for r in whole) >= 4
+
+
+NOTHING_TRAINED = {"loss": 0.0, "gradient_norm": 0.0, "sums": torch.zeros(2, len(grpo.TOKEN_METRICS))}
 
 
 def test_the_reward_is_the_weighted_sum_of_its_parts_and_each_is_logged(model, tokenizer, vae, task):
@@ -193,11 +398,33 @@ def test_the_reward_is_the_weighted_sum_of_its_parts_and_each_is_logged(model, t
     for r in rollouts:
         assert r.reward == r.rewards["accuracy"] + 0.5 * r.rewards["overlong"]
         assert r.rewards["overlong"] == (0.0 if len(r.completion_ids) <= 10 else -0.5 if len(r.completion_ids) == 11 else -1.0)
-    row = grpo.summary(rollouts, [({"loss": 0, "tokens": 1, "clipped": 0, "log_ratio": 0, "kl": 0, "entropy": 0}, 0.0)], 4, 0, ALONE)
+    row = grpo.summary(rollouts, [NOTHING_TRAINED], args, ALONE)
     assert row["reward"] == pytest.approx(sum(r.reward for r in rollouts) / 16)
     guided = [r for r in rollouts if r.guided]
     assert row["rollouts_guided"] == len(guided) and row["overlong_guided"] == pytest.approx(
         sum(r.rewards["overlong"] for r in guided) / len(guided))
+    assert row["advantage_guided"] == pytest.approx(sum(r.advantage for r in guided) / len(guided))
+    assert row["entropy"] is row["kl_guided"] is None                       # no token was trained on
+
+
+def test_metrics_of_guided_and_unguided_tokens_add_up_to_the_whole(model, tokenizer, vae, task):
+    args = arguments(kl=0.1)
+    rollouts, other = rollouts_of(model, tokenizer, vae, task, args), copy.deepcopy(model)
+    update(model, make_optimizer(model, 1e-2), other, rollouts, args, ALONE)
+    row = grpo.summary(rollouts, [update(model, make_optimizer(model, 1e-2), other, rollouts, args, ALONE)], args, ALONE)
+    guided = sum(len(r.completion_ids) for r in rollouts if r.guided)
+    assert row["tokens_guided"] == guided and row["tokens_unguided"] == row["tokens"] - guided > 0
+    for name in ("entropy", "kl", "clip_share", "log_ratio"):
+        parts = row[name + "_guided"], row[name + "_unguided"]
+        assert row[name] == pytest.approx((parts[0] * guided + parts[1] * row["tokens_unguided"]) / row["tokens"])
+        assert parts[0] != parts[1] and min(parts) > 0
+    alone, one = rollouts[0], arguments()
+    update(other, make_optimizer(other, 0.0), None, rollouts, one, ALONE)   # entropy of the guided rows, computed apart
+    inputs = torch.cat([alone.prefix, other.get_input_embeddings()(torch.tensor(alone.prompt_ids + alone.completion_ids))])
+    logits = other(inputs_embeds=inputs[None]).logits[0, -len(alone.completion_ids) - 1:-1]
+    alone.advantage = 1.0
+    sums = update(other, make_optimizer(other, 0.0), None, [alone], one, ALONE)["sums"]
+    assert sums[1, -1].item() == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().sum().item(), rel=1e-4)
 
 
 def test_silent_rollouts_cost_no_forward_pass(model, tokenizer, vae, task, monkeypatch):
@@ -207,8 +434,8 @@ def test_silent_rollouts_cost_no_forward_pass(model, tokenizer, vae, task, monke
         r.advantage = 0.0
     monkeypatch.setattr(grpo, "completion_logprobs", lambda *_: 1 / 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    sums, norm = update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
-    assert (sums["tokens"], norm) == (0, 0.0)
+    done = update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
+    assert done["gradient_norm"] == 0.0 and not done["sums"].any()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
@@ -218,31 +445,44 @@ def test_which_rollouts_are_guided_and_who_shares_a_latent(model, tokenizer, vae
         first = [r for r in rollouts if r.prompt == 0]
         assert all(r.guided for r in rollouts) and len({tuple(r.latent.flatten().tolist()) for r in first}) == distinct
     assert not any(r.guided for r in rollouts_of(model, tokenizer, vae, task, arguments(schedule="none")))
+    half = rollouts_of(model, tokenizer, vae, task, arguments(schedule="0:0.5"))
+    assert [r.guided for r in half] == [True, True, False, False] * 4
+
+
+@pytest.mark.parametrize("source, independent", [("prior", False), ("prior", True), ("mixture", True), ("math", False),
+                                                 ("noise", False), ("gauss", True)])
+def test_prefixes_of_every_source_reach_the_rollouts(model, tokenizer, vae, task, source, independent):
+    args = arguments(schedule="constant", independent=independent)
+    rollouts = rollouts_of(model, tokenizer, vae, task, args, source=source)
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), source, 3, not independent)
+    for i, r in enumerate(rollouts):
+        prefix, latent = (found[0] for found in palette.draw([sft.seed_of(0, "latent", 1, i // 4, i % 4)]))
+        assert torch.equal(r.prefix, prefix) and r.prefix.shape == (3, 128) and torch.equal(prefix[0], prefix[1]) != independent
+        assert (latent is None and r.latent is None) or torch.equal(r.latent, latent)
+        assert (latent is None) == (source in ("noise", "gauss"))
 
 
 def test_a_kl_term_pulls_towards_the_reference(model, tokenizer, vae, task):
     args = arguments(kl=0.5)
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    sums, _ = update(model, make_optimizer(model, 1e-2), reference, rollouts, args, ALONE)
-    assert sums["kl"] == pytest.approx(0.0, abs=1e-4)                       # the policy still is the reference
-    sums, _ = update(model, make_optimizer(model, 1e-2), reference, rollouts, args, ALONE)
-    assert sums["kl"] > 1e-3 and sums["log_ratio"] > 0
+    reference, optimizer = copy.deepcopy(model).requires_grad_(False), make_optimizer(model, 1e-2)
+    kl = lambda optimizer: update(model, optimizer, reference, rollouts, args, ALONE)["sums"][:, 4].sum().item()
+    assert kl(optimizer) == pytest.approx(0.0, abs=1e-4)                    # the policy still is the reference
+    before = kl(make_optimizer(model, 1e-2))
+    assert before > 1e-3
     for r in rollouts:                                                      # nothing but the KL term is left
         r.advantage = 0.0
-    optimizer, before = make_optimizer(model, 3e-3), sums["kl"]
-    for _ in range(10):
-        sums, _ = update(model, optimizer, reference, rollouts, args, ALONE)
-    assert sums["kl"] < 0.5 * before
+    optimizer = make_optimizer(model, 3e-3)
+    assert [kl(optimizer) for _ in range(10)][-1] < 0.5 * before
 
 
-def test_the_clip_bounds_reach_the_loss_in_their_order(model, tokenizer, vae, task, monkeypatch):
-    args, seen = arguments(clip_low=0.1, clip_high=0.3), []
+def test_the_flags_of_the_loss_reach_it_in_their_order(model, tokenizer, vae, task, monkeypatch):
+    args, seen = arguments(clip_low=0.1, clip_high=0.3, tis=4.0, ratio="sequence", kl=0.5), []
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
     original = grpo.policy_loss
-    monkeypatch.setattr(grpo, "policy_loss", lambda *a: seen.append(a[4:6]) or original(*a))
-    update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
-    assert seen and set(seen) == {(0.1, 0.3)}
+    monkeypatch.setattr(grpo, "policy_loss", lambda *a: seen.append((*a[6:10], a[11])) or original(*a))
+    update(model, make_optimizer(model, 1e-3), copy.deepcopy(model), rollouts, args, ALONE)
+    assert set(seen) == {("sequence", 0.1, 0.3, 4.0, 0.5)}
 
 
 def test_filters_of_the_sampling_are_those_of_the_scoring(model, tokenizer, vae, task):
@@ -257,10 +497,10 @@ def test_every_step_samples_anew(model, tokenizer, vae, task):
     task.train[:] = task.train[:4]                                          # the same four prompts at every step
     args, decoder = arguments(schedule="constant"), Decoder(model)
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
-    one, two = ({r.prompt_ids[1:] and tuple(r.prompt_ids + r.completion_ids) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)}
-                for step in (0, 1))
+    steps = [collect(decoder, tokenizer, task, palette, step, args, ALONE) for step in (0, 1)]
+    one, two = ({tuple(r.prompt_ids + r.completion_ids) for r in rollouts} for rollouts in steps)
     assert not one & two
-    latents = [{tuple(r.latent.flatten().tolist()) for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)} for step in (0, 1)]
+    latents = [{tuple(r.latent.flatten().tolist()) for r in rollouts} for rollouts in steps]
     assert not latents[0] & latents[1]
 
 
@@ -320,7 +560,7 @@ tiny = tiny_task(32, 8)
 model, tokenizer = t.load_policy({policy!r})
 palette = t.Palette(VAE.load({vae!r}), model.get_input_embeddings().weight.detach(), "prior", 3)
 ranks = t.Ranks.start("cpu")
-args = t.arguments(mean_over={mean_over!r}, algorithm={algorithm!r})
+args = t.arguments(**{changes!r})
 t.train(model, tokenizer, t.FirstToken("first", tiny.train, tiny.test), palette, t.Run(Path({out!r}), {{}}, ranks), args)
 """
 
@@ -330,15 +570,17 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
     metrics = []
     for world in (1, 2):
         script = tmp_path / f"ranks{world}.py"
-        script.write_text(RANK_SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), policy=str(policy_folder), vae=str(tmp_path / "vae"),
-                                             out=str(tmp_path / f"out{world}"), mean_over="sequence", algorithm="grpo"))
+        script.write_text(RANK_SCRIPT.format(
+            root=str(ROOT), tests=str(ROOT / "tests"), policy=str(policy_folder), vae=str(tmp_path / "vae"),
+            out=str(tmp_path / f"out{world}"),
+            changes=dict(steps=5, algorithm="dapo", tis=1.5, truncated="mask", epochs=2, minibatches=2)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0",
                                "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script)],
                               env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
         metrics.append([json.loads(line) for line in (tmp_path / f"out{world}" / "metrics.jsonl").read_text().splitlines()])
-    assert len(metrics[0]) == len(metrics[1]) == 5
+    assert len(metrics[0]) == len(metrics[1]) == 6 and sum(row.get("groups_resampled", 0) for row in metrics[0]) > 0
     for one, two in zip(*metrics):
         for name, value in one.items():
             if not name.startswith("seconds"):
@@ -353,8 +595,23 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     assert policies == {"none": "runs/tiny/sft-none/policy", "prior": "runs/tiny/sft/policy"}
     assert vars(vae_script.parse_args(built["vae.py"][0])) == vars(vae_script.parse_args([]))
     for argv, alone in zip(built["sft.py"], (["pretrain"], ["--prefix", "none"], [])):
-        settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")} for flags in (argv, alone)]
+        settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")}
+                    for flags in (argv, alone)]
         assert settings[0] == settings[1]
+
+
+def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
+    started = {}
+    monkeypatch.setattr(grpo, "prepare", lambda *_: {"none": "plain", "prior": "prefixed"})
+    monkeypatch.setattr(grpo, "train_one", lambda args, _, run, start:
+                        started.update({run.folder.name: (start, args.schedule, args.seed)}))
+    monkeypatch.setattr(grpo.evaluate, "close_rl", lambda _, folders, *__: started.update(folders=folders))
+    schedules = ["none", "linear", "0:0", "0:1,0.5:0"]
+    grpo.main(["--schedule", *schedules, "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu"])
+    assert {name: len(runs) for name, runs in started.pop("folders").items()} == dict.fromkeys(schedules, 2)
+    assert {name: start for name, start in started.items() if name.endswith("3")} == {
+        "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3),
+        "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------
@@ -364,6 +621,10 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     (["--temperature", "0"], "--temperature must be above 0"), (["--steps", "0"], "--steps must be at least 1"),
     (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"),
     (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
+    (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
+    (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between"),
+    (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--resample", "-1"], "--resample must be 0 or more"),
+    (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -372,10 +633,11 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
 
 
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
-    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "grpo.py: no such file: nowhere.jsonl"),
+    for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "no such file: nowhere"),
                           (["--prompts", "8", "--minibatches", "3"], "cannot be split over 1 ranks x 3 minibatches"),
-                          (["--model", "/nowhere", "--task", "tiny", "--traces", "nowhere.jsonl", "--out", str(tmp_path)], "nowhere")):
-        done = subprocess.run([sys.executable, str(ROOT / "grpo.py"), *argv], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+                          (["--model", "/nowhere", "--task", "tiny", "--traces", "t.jsonl", "--out", str(tmp_path)], "nowhere")):
+        command = [sys.executable, str(ROOT / "grpo.py"), *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
