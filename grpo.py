@@ -293,7 +293,7 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     """The RL loop: roll out, score, update; every --eval-every steps a greedy evaluation *without* prefix."""
     ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     state = run.restore(model, [optimizer])
-    decoder = Decoder(model, end_ids(model, tokenizer), args.slots)
+    decoder = Decoder(model, end_ids(model, tokenizer), args.slots, dtype=PRECISIONS[args.rollout_precision])
     evaluated = lambda: evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
     if state["step"] == 0:
         run.log("metrics", {"step": 0, "eval_accuracy": evaluated()})
@@ -396,6 +396,7 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
 # Defaults of a real model, whose weights want far smaller steps than the tiny world's.
 REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
             tokens_per_batch=8192)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and roll_out give, by name
 # What does not change a run's result, and so may differ when it is resumed; the stages below RL have a config.json of their own.
 NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",
@@ -458,6 +459,8 @@ def add_training_flags(parser):
     sampling("--top-k", type=int, default=0, help="likeliest tokens kept, by number (default: 0, all)")
     sampling("--max-new-tokens", type=int, default=34, help="longest completion (default: %(default)s)")
     sampling("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
+    sampling("--rollout-precision", choices=PRECISIONS, default="fp32", help="of the decoder's copy of the weights and its cache; "
+             "bf16 halves both, samples from a slightly other policy (see --tis), and is what evaluates, too (default: fp32)")
     measure = parser.add_argument_group("evaluation").add_argument
     measure("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
     measure("--eval-questions", type=int, default=256, help="test questions of these (default: %(default)s)")

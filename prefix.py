@@ -250,7 +250,8 @@ def embed_rows(table, ids, prefixes):
     """Embedding table [V, d], B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]."""
     tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=table.device)
     embedded = F.embedding(tokens, table).split([len(row) for row in ids])
-    return torch.nn.utils.rnn.pad_sequence([torch.cat(row) for row in zip(prefixes, embedded)], batch_first=True)
+    rows = [torch.cat([prefix.to(table.dtype), own]) for prefix, own in zip(prefixes, embedded)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def micro_batches(lengths, max_tokens):
@@ -268,10 +269,11 @@ def is_cpu_fp32(x):
     return (x.dtype, x.device.type) == (torch.float32, "cpu")
 
 
-def pack(*linears):
-    """Linear modules that read the same input -> one (matrix as tiles [t, in, out / t], bias [out] or None)."""
-    weight = torch.cat([whole(m.weight) for m in linears]) if len(linears) > 1 else whole(linears[0].weight)  # [out, in]
-    bias = None if linears[0].bias is None else torch.cat([whole(m.bias) for m in linears])
+def pack(dtype, *linears):
+    """Linear modules that read the same input -> one (matrix as tiles [t, in, out / t], bias [out] or None) in dtype."""
+    weight, *more = (whole(m.weight).to(dtype) for m in linears)
+    weight = torch.cat([weight, *more]) if more else weight  # [out, in]
+    bias = None if linears[0].bias is None else torch.cat([whole(m.bias).to(dtype) for m in linears])
     if not is_cpu_fp32(weight):
         return weight.T[None], bias
     # Few rows times a large matrix are up to twice as fast by tiles that fit the CPU's cache, ordered [in, out] in memory.
@@ -300,10 +302,11 @@ class Decoder:
 
     eos_ids: end tokens (None: all of generation_config's, else config's; nothing else of generation_config is read).
     slots: rows decoded at a time (None: as many as fit into free CUDA memory). max_length: cache columns for prefix,
-    prompt and new tokens (None: grows to what a call needs). Call `refresh` after the weights change.
+    prompt and new tokens (None: grows to what a call needs). dtype: of packed weights and cache (None: the model's).
+    Call `refresh` after the weights change.
     """
 
-    def __init__(self, model, eos_ids=None, slots=64, max_length=None):
+    def __init__(self, model, eos_ids=None, slots=64, max_length=None, dtype=None):
         check_rows(model, [], None, [])
         if slots is not None and slots < 1:
             raise ValueError(f"slots is {slots}; the decoder needs 1 or more (None: as many as fit into CUDA memory).")
@@ -313,6 +316,7 @@ class Decoder:
         self.model, self.config, self.max_slots, self.max_length = model, model.config, slots, max_length
         self.heads, self.kv = model.config.num_attention_heads, model.config.num_key_value_heads
         self.weight = model.get_input_embeddings().weight  # [V, d]
+        self.dtype = dtype or self.weight.dtype
         self.cuda = self.fixed = self.weight.device.type == "cuda"  # fixed: few step sizes (a test sets it on CPU)
         self.slots = self.columns = 0
         self.refresh()
@@ -322,30 +326,30 @@ class Decoder:
         self.blocks, self.head, self.norm, self.table, self.graphs = [], None, None, None, {}
 
     def _pack(self):
+        join, norm = partial(pack, self.dtype), lambda m: whole(m.weight).to(self.dtype)
         for layer in self.model.model.layers:
             a, m = layer.self_attn, layer.mlp
-            qk_norm = torch.cat([whole(a.q_norm.weight).expand(self.heads, -1), whole(a.k_norm.weight).expand(self.kv, -1)]) \
+            qk_norm = torch.cat([norm(a.q_norm).expand(self.heads, -1), norm(a.k_norm).expand(self.kv, -1)]) \
                 if hasattr(a, "q_norm") else None  # [H + KV, D]
-            self.blocks.append((whole(layer.input_layernorm.weight), pack(a.q_proj, a.k_proj, a.v_proj), qk_norm,
-                                pack(a.o_proj), whole(layer.post_attention_layernorm.weight),
-                                pack(m.gate_proj, m.up_proj), pack(m.down_proj)))
-        self.head, self.norm = pack(self.model.get_output_embeddings()), whole(self.model.model.norm.weight)
-        self.table = whole(self.model.get_input_embeddings().weight)  # [V, d]
+            self.blocks.append((norm(layer.input_layernorm), join(a.q_proj, a.k_proj, a.v_proj), qk_norm, join(a.o_proj),
+                                norm(layer.post_attention_layernorm), join(m.gate_proj, m.up_proj), join(m.down_proj)))
+        self.head, self.norm = join(self.model.get_output_embeddings()), norm(self.model.model.norm)
+        self.table = whole(self.model.get_input_embeddings().weight).to(self.dtype)  # [V, d]
 
     def _reserve(self, columns, rows):
         """Allocate cache and per-slot state, unless those of the last call are large enough."""
         columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
-        cos, sin = self.model.model.rotary_emb(self.weight, torch.arange(columns, device=device)[None])
+        cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=device), torch.arange(columns, device=device)[None])
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
-            slot_bytes = 2 * columns * layers * self.kv * dim * self.weight.element_size() + 24 * len(self.weight)
+            slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)
             slots = max(self.slots, int(0.8 * torch.cuda.mem_get_info()[0] / slot_bytes), 1)
         if min(slots, rows) <= self.slots and columns <= self.columns:
             return
         self.slots, self.columns, self.graphs, self.cache = max(self.slots, min(slots, rows)), columns, {}, None
 
         new = partial(torch.zeros, device=device)
-        self.cache = new(layers, 2, self.slots, self.kv, columns, dim, dtype=self.weight.dtype)
+        self.cache = new(layers, 2, self.slots, self.kv, columns, dim, dtype=self.dtype)
         self.token, self.pos, self.stop = new(3, self.slots, dtype=torch.long)
         self.live, self.ids = new(self.slots, dtype=torch.bool), new(self.slots, columns, dtype=torch.long)
         self.logprobs, self.u = new(2, self.slots, columns, dtype=torch.float)  # u: the number that picks a token

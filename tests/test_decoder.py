@@ -1,4 +1,5 @@
 """The batched decoder and the training log-probs against plain transformers and plain autograd; 40 s on one core."""
+import copy
 import math
 import sys
 from pathlib import Path
@@ -203,10 +204,10 @@ def test_refresh_and_growth():
 def test_products_by_tiles(columns, tiles):
     """A large fp32 matrix is packed as tiles (none divides 1999); the product keeps its columns in order, with their bias."""
     linears, x = [torch.nn.Linear(512, n) for n in columns], torch.randn(5, 512)
-    packed = pack(*linears)
+    packed = pack(torch.float32, *linears)
     assert packed[0].shape == (tiles, 512, sum(columns) // tiles)
     assert (linear(x, packed) - torch.cat([m(x) for m in linears], 1)).abs().max() < 1e-5
-    packed = pack(torch.nn.Linear(512, 2112, bias=False, dtype=torch.bfloat16))
+    packed = pack(torch.bfloat16, torch.nn.Linear(512, 2112, bias=False))
     assert packed[0].shape == (1, 512, 2112) and packed[1] is None
 
 
@@ -220,6 +221,18 @@ def test_bfloat16_matches_the_module(qwen3):
         prefixes = [x if x is None else x.bfloat16() for x in prefixes]
         plain = plain_logprobs(model.float(), prompts, prefixes, [c.ids for c in out])
     assert (flat(out, "logprobs") - plain).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_bfloat16_decoder_of_fp32_weights_is_that_of_bfloat16_weights(name):
+    """Only the packed copy and the cache are rounded; the model keeps its weights."""
+    model, (prompts, prefixes) = build(name), rows(12)
+    out = Decoder(model, dtype=torch.bfloat16).generate(prompts, prefixes, Sampling(max_new_tokens=16), range(12))
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    fp32 = Decoder(model).generate(prompts, prefixes, Sampling(max_new_tokens=16), range(12))
+    rotary = copy.deepcopy(model.model.rotary_emb)  # its frequencies stay fp32, as in a model that is loaded in bf16
+    model.bfloat16().model.rotary_emb = rotary
+    assert out == Decoder(model).generate(prompts, prefixes, Sampling(max_new_tokens=16), range(12)) != fp32
 
 
 # Sampling ------------------------------------------------------------------------------------------------------------

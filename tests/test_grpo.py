@@ -340,6 +340,18 @@ def test_importance_weights_scale_the_gradient_and_nothing_changes_without_a_gap
     assert gradient_of(model, rollouts, args)[1]["clip_share"] > 0          # without them the gap is taken for an update
 
 
+def test_rollouts_in_bfloat16_are_corrected_by_tis(model, tokenizer, vae, task):
+    """The metrics show the gap between sampler and policy; with --tis it moves no token out of the clip range."""
+    args = arguments(tis=2.0, clip_low=1e-3, clip_high=1e-3)
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
+    decoder = Decoder(model, slots=5, dtype=grpo.PRECISIONS["bf16"])
+    rollouts = collect(decoder, tokenizer, task, palette, 1, args, ALONE)
+    sums = gradient_of(model, rollouts, args)[1]
+    assert 1e-4 < sums["log_ratio"] / sums["tokens"] < 0.2 and sums["tis_weight"] != sums["tokens"] and sums["clip_share"] == 0
+    args.tis = 0.0
+    assert gradient_of(model, rollouts, args)[1]["clip_share"] > 0
+
+
 def test_pi_old_stays_what_it_was_at_the_first_epoch(model, tokenizer, vae, task):
     args = arguments(tis=2.0)
     rollouts = [r for r in rollouts_of(model, tokenizer, vae, task, args) if r.advantage]
@@ -535,6 +547,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, policy_folder, vae, task, di
     assert resumed_metrics == metrics and [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     assert (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+
+
+def test_the_loop_samples_in_the_precision_asked_for(tmp_path, policy_folder, vae, task):
+    gaps = [run_training(tmp_path / name, policy_folder, vae, task, arguments(steps=1, rollout_precision=name))[1][1]["log_ratio_start"]
+            for name in ("fp32", "bf16")]
+    assert gaps[0] < 1e-5 < 1e-4 < gaps[1]
 
 
 def test_the_loop_learns_a_rewarded_first_token(tmp_path, policy_folder, vae, task):
