@@ -459,8 +459,8 @@ def add_training_flags(parser):
     sampling("--top-k", type=int, default=0, help="likeliest tokens kept, by number (default: 0, all)")
     sampling("--max-new-tokens", type=int, default=34, help="longest completion (default: %(default)s)")
     sampling("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
-    sampling("--rollout-precision", choices=PRECISIONS, default="fp32", help="of the decoder's copy of the weights and its cache; "
-             "bf16 halves both, samples from a slightly other policy (see --tis), and is what evaluates, too (default: fp32)")
+    sampling("--rollout-precision", choices=PRECISIONS, default="fp32", help="of the decoder's copy of the weights and of its "
+             "cache; bf16 halves both, samples from a slightly other policy (see --tis), and evaluates, too (default: fp32)")
     measure = parser.add_argument_group("evaluation").add_argument
     measure("--eval-every", type=int, default=10, help="steps between greedy evaluations (default: 10)")
     measure("--eval-questions", type=int, default=256, help="test questions of these (default: %(default)s)")

@@ -339,7 +339,8 @@ class Decoder:
     def _reserve(self, columns, rows):
         """Allocate cache and per-slot state, unless those of the last call are large enough."""
         columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
-        cos, sin = self.model.model.rotary_emb(torch.empty(0, dtype=self.dtype, device=device), torch.arange(columns, device=device)[None])
+        like = torch.empty(0, dtype=self.dtype, device=device)
+        cos, sin = self.model.model.rotary_emb(like, torch.arange(columns, device=device)[None])
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
             slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)

@@ -191,8 +191,8 @@ class Task:
     """Questions with gold answers, and how a completion is judged.
 
     train, test: lists of rows {question, answer}. instruction: what follows the question in the prompt. answer_from:
-    the extraction rules tried in order. needs_stop: a completion cut off by the length limit has no answer. style: names
-    the strategy of a completion, where the task can tell.
+    the extraction rules tried in order. needs_stop: a completion cut off by the length limit has no answer. as_text:
+    answers are compared letter by letter, not by value. style: names the strategy of a completion, where the task can tell.
     """
     name: str
     train: list
@@ -200,6 +200,7 @@ class Task:
     instruction: str = ""
     answer_from: tuple = ("boxed", "hash", "phrase")
     needs_stop: bool = False
+    as_text: bool = False
     style: Callable | None = None
 
     def judge(self, completion, gold, finish="stop"):
@@ -209,7 +210,7 @@ class Task:
         form that was asked for, the first of them. undecided: the verifier cannot tell; that counts as wrong.
         """
         answer = self.extract(completion, finish)
-        equal = None if answer is None else answers_equal(answer, gold)
+        equal = None if answer is None else answer == gold if self.as_text else answers_equal(answer, gold)
         return {"accuracy": float(equal is True), "answered": float(answer is not None),
                 "format": 0.0 if answer is None else format_reward(completion, self.answer_from),
                 "undecided": float(answer is not None and equal is None)}
@@ -227,7 +228,7 @@ def tiny_task(n_train=4096, n_test=512, seed=0):
         if question.text not in seen:
             seen.add(question.text)
             rows.append({"question": question.text, "answer": question.answer, "family": question.family})
-    return Task("tiny", rows[n_test:], rows[:n_test], answer_from=("tiny",), needs_stop=True, style=tiny_style)
+    return Task("tiny", rows[n_test:], rows[:n_test], answer_from=("tiny",), needs_stop=True, as_text=True, style=tiny_style)
 
 
 BOXED = "\nReason step by step, and put the final answer within \\boxed{}."

@@ -58,6 +58,11 @@ def test_a_wrong_or_cut_off_answer_earns_nothing_and_is_told_apart():
     assert task.judge("thus 3", "1 2 3")["accuracy"] == 0.0
 
 
+def test_a_wrong_list_of_the_tiny_world_is_wrong_not_undecided():
+    judged = tiny_task(2, 2).judge("i think answer maybe is 4 1 3", "3 1 4")
+    assert judged == {"accuracy": 0.0, "answered": 1.0, "format": 1.0, "undecided": 0.0}
+
+
 def test_real_tasks_tell_the_asked_form_from_others_and_undecided_from_wrong():
     task = Task("maths", [], [])
     assert task.judge("so it is \\boxed{\\frac{1}{2}}", "0.5") == {"accuracy": 1, "answered": 1, "format": 1, "undecided": 0}
