@@ -318,12 +318,12 @@ class Decoder:
         self.weight = model.get_input_embeddings().weight  # [V, d]
         self.dtype = dtype or self.weight.dtype
         self.cuda = self.fixed = self.weight.device.type == "cuda"  # fixed: few step sizes (a test sets it on CPU)
-        self.slots = self.columns = 0
         self.refresh()
 
     def refresh(self):
-        """Forget (and free) the packed weights; the next generate packs the module's current ones."""
-        self.blocks, self.head, self.norm, self.table, self.graphs = [], None, None, None, {}
+        """Free packed weights and cache; the next generate packs the module's current weights."""
+        self.blocks, self.head, self.norm, self.table, self.cache, self.graphs = [], None, None, None, None, {}
+        self.slots = self.columns = 0
 
     def _pack(self):
         join, norm = partial(pack, self.dtype), lambda m: whole(m.weight).to(self.dtype)
@@ -344,7 +344,8 @@ class Decoder:
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
             slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)
-            slots = max(self.slots, int(0.8 * torch.cuda.mem_get_info()[0] / slot_bytes), 1)
+            free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            slots = max(self.slots, int(0.8 * free / slot_bytes), 1)
         if min(slots, rows) <= self.slots and columns <= self.columns:
             return
         self.slots, self.columns, self.graphs, self.cache = max(self.slots, min(slots, rows)), columns, {}, None
@@ -490,9 +491,9 @@ class Decoder:
                 raise ValueError(f"row {row} has {length} positions and may add {sampling.max_new_tokens}, beyond "
                                  f"max_length = {self.max_length}: shorten it, or change max_new_tokens or max_length.")
         queue = deque(sorted(queue, key=lambda job: (-job.length, job.key)))  # similar lengths together, and groups
-        self._reserve(max((job.length for job in queue), default=0) + sampling.max_new_tokens, len(queue))
         if not self.blocks:
             self._pack()
+        self._reserve(max((job.length for job in queue), default=0) + sampling.max_new_tokens, len(queue))
         while queue or jobs:
             free = self.slots - len(jobs)
             if queue and free >= max(1, self.slots // 8):

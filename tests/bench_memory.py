@@ -25,7 +25,8 @@ SHAPES = {"Qwen3-0.6B": dict(hidden_size=1024, num_hidden_layers=28, num_attenti
                            tie_word_embeddings=False)}
 FLAGS = {"(none)": {}, "bf16": dict(bf16=True), "bf16, checkpointing": dict(bf16=True, checkpointing=True),
          "fsdp, bf16": dict(fsdp=True, bf16=True), "fsdp, bf16, checkpointing": dict(fsdp=True, bf16=True, checkpointing=True),
-         "fsdp, bf16, checkpointing, kl": dict(fsdp=True, bf16=True, checkpointing=True, kl=True)}
+         "and bf16 rollouts": dict(fsdp=True, bf16=True, checkpointing=True, rollout=2),
+         "and kl": dict(fsdp=True, bf16=True, checkpointing=True, rollout=2, kl=True)}
 TOLERANCE = 0.2             # of the measured growth
 
 
@@ -44,22 +45,23 @@ def sizes(config):
     return layer, table, config.num_hidden_layers * layer + table * (1 if config.tie_word_embeddings else 2) + d
 
 
-def parts(config, gpus=1, fsdp=False, bf16=False, checkpointing=False, kl=False, tokens=8192, slots=64, columns=1024, cuda=True):
+def parts(config, gpus=1, fsdp=False, bf16=False, checkpointing=False, kl=False, rollout=4, tokens=8192, slots=64, columns=1024,
+          cuda=True):
     """{what: bytes} on one GPU in the two phases of a step, (rollout, update).
 
-    tokens: of a micro-batch. slots, columns: the decoder's cache; it stays over the update. cuda: its optimizer works on all
-    weights at once, and its decoder reads what it need not fuse in place.
+    rollout: bytes of a number in the decoder. tokens: of a micro-batch. slots, columns: the decoder's cache. cuda: its optimizer
+    works on all weights at once, and its decoder reads what it need neither fuse nor round in place.
     """
     layer, table, all_weights = sizes(config)
     d, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     share, half = (1 / gpus if fsdp else 1), (2 if bf16 else 4)
     state = {"weights": 4 * all_weights * share, "AdamW moments": 8 * all_weights * share,
-             "KL reference": half * all_weights * share if kl else 0,
-             "KV cache": 4 * slots * columns * layers * 2 * kv * dim}
+             "KL reference": half * all_weights * share if kl else 0}
     fused = layers * (d * dim * (heads + 2 * kv) + 2 * d * ffn)                              # qkv and gate_up
-    rollout = {**state, "packed weights": 4 * (fused if cuda and not fsdp else layers * layer + 2 * table),
-               "logits": 24 * slots * config.vocab_size}
+    in_place = cuda and not fsdp and rollout == 4
+    sampling = {**state, "KV cache": rollout * slots * columns * layers * 2 * kv * dim, "logits": 24 * slots * config.vocab_size,
+                "packed weights": rollout * (fused if in_place else layers * layer + 2 * table)}
     per_layer = tokens * (26 * d + 8 * ffn + 10 * (heads + kv) * dim if bf16 else 24 * d + 16 * ffn + 16 * (heads + kv) * dim)
     stored = layers * tokens * 4 * d if checkpointing else layers * per_layer                # for the backward pass
     gathered = half * (2 * layer + table)                                                    # this layer and the next, the head
@@ -68,7 +70,7 @@ def parts(config, gpus=1, fsdp=False, bf16=False, checkpointing=False, kl=False,
     head = {**update, "logits": 2 * 4 * min(2 ** 25, tokens * config.vocab_size), "table gradient": 4 * table}
     backward = {**update, "a layer's work": (2 if checkpointing else 1) * per_layer}
     step = {**state, "gradients": 4 * all_weights * share, "AdamW's work": 4 * all_weights * share if cuda else 0}
-    return rollout, max(head, backward, step, key=lambda phase: sum(phase.values()))
+    return sampling, max(head, backward, step, key=lambda phase: sum(phase.values()))
 
 
 def need(config, **options):
@@ -143,7 +145,7 @@ def main():
             model = Qwen3ForCausalLM(config_of(**shape))
         assert sum(p.numel() for p in model.parameters()) == sizes(config_of(**shape))[2], name
     print(f"computed: fp32 weights and moments, micro-batches of 8,192 tokens, 64 slots of 1,024 columns\n\n{table()}\n")
-    options = dict(gpus=8, **FLAGS["fsdp, bf16, checkpointing"])
+    options = dict(gpus=8, **FLAGS["and bf16 rollouts"])
     for phase, found in zip(("rollout", "update"), parts(config_of(**SHAPES["Qwen3-8B"]), **options)):
         print(f"Qwen3-8B, 8 GPUs, {', '.join(options)[6:]}, {phase}: " + ", ".join(f"{what} {size / GIB:.1f}" for what, size in
                                                                                    found.items() if size))

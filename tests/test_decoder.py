@@ -196,6 +196,7 @@ def test_refresh_and_growth():
             for p in model.parameters():
                 p += 0.05 * torch.randn_like(p)
         decoder.refresh()
+        assert decoder.cache is None and not decoder.blocks  # nothing is held over an update
     long = decoder.generate(prompts, prefixes, Sampling(temperature=0, max_new_tokens=60))
     assert [c.ids for c in long] == [reference(model, p, x, 60) for p, x in zip(prompts, prefixes)]
 
