@@ -21,12 +21,18 @@ at the first generate after `refresh`, in the order that is fastest where they l
 up to a few sizes, each replayed as a CUDA graph, and the host looks for ended rows every 8 steps only; the CPU runs the same
 code eagerly. The tests run those fixed sizes on a CPU; the graphs themselves have not run on a GPU yet.
 
-Departs from the paper: the VLM's GPT-style prefix decoder is not here yet. "Tiled" (one z repeated L times) is our default of
-the two readings of Eq. 9, `--independent` the other; in the tiny world `evaluate.py --arms latent` sees no difference in pass@8.
+Images. The prompt of a row with an image is a `Prompt`: a list of ids that carries its picture. Three places know of it:
+embeddings (visual_rows: what the vision tower sees stands where the image tokens are), rotary positions (rope_positions: an
+image's tokens have three axes, so all behind it lag their columns by rope_shift), and the key of shared prefills. Decoding
+steps are those of text, their positions shifted.
+
+Departs from the paper: "tiled" (one z repeated L times) is our default of the two readings of Eq. 9, `--independent` the other;
+in the tiny world `evaluate.py --arms latent` sees no difference in pass@8. The VLM's GPT-style decoder stands in vae.py.
 
 Run it (greedy answers to one question under several latents):
     python prefix.py                                                       # the tiny world; makes what is missing
     python prefix.py --model Qwen/Qwen3-0.6B --vae runs/qwen/vae --prompt "What is 17 * 23?"
+    python prefix.py --model tiny-vl                                       # a drawn scene; or --image PATH --prompt "box of ..."
 """
 import argparse
 import math
@@ -38,8 +44,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from rewards import prompt_ids
-from vae import find_model, find_vae, run_main
+from rewards import IMAGE, VISION_END, VISION_START, prompt_ids, tiny_vl_task
+from vae import Processor, find_model, find_vae, model_class, read_tokenizer, run_main, see_images
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. The palette: where prefixes come from
@@ -49,32 +55,35 @@ SOURCES = ("none", "prior", "mixture", "shuffled", "noise", "gauss")        # an
 
 def load_tokenizer(name):
     """The tokenizer of a hub name, folder or "tiny". Raises ValueError in one sentence if there is no such model."""
-    from transformers import AutoTokenizer
     name = find_model(name)
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return read_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, a folder written by "
                          "save_pretrained, or tiny)") from None
 
 
 def load_policy(name, device="cpu", dtype=torch.float32):
-    """A causal language model and its tokenizer, ready for rollouts (eval mode, no dropout). Errors as load_tokenizer."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()              # loading a shard needs no bar of its own
-    tokenizer = load_tokenizer(name)
+    """A causal language model and its tokenizer, ready for rollouts (eval mode, no dropout). Errors as load_tokenizer.
+
+    Of a vision-language model the tokenizer reads images too (vae.Processor), and the vision tower is frozen: our choice, as
+    the VAE has learnt what it puts into prompts.
+    """
+    tokenizer, name = load_tokenizer(name), find_model(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(find_model(name), dtype=dtype).to(device).eval(), tokenizer
+        model = model_class(name).from_pretrained(name, dtype=dtype).to(device).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the weights of '{name}': {str(error).splitlines()[0]}") from None
+    if isinstance(tokenizer, Processor):
+        model.model.visual.requires_grad_(False)
+    return model, tokenizer
 
 
 def end_ids(model, tokenizer):
     """All token ids that end a completion: generation_config's (or config's), the tokenizer's end token, which the warm-up
     trains, and the special token that the chat template writes after an assistant's turn (a base Qwen names only the first).
     """
-    found = getattr(model.generation_config, "eos_token_id", None) or model.config.eos_token_id
+    found = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     ends = {found} if isinstance(found, int) else set(found or ())
     ends |= {tokenizer.eos_token_id} - {None}
     if tokenizer.chat_template:
@@ -93,7 +102,8 @@ class Palette:
         "none": no prefix. Controls: "shuffled", the mixture with the k entries of each z in random order: the same length
         and entries, at another place of the latent space; "noise", Gaussian rows scaled to the mean norm of real token
         embeddings; "gauss", rows from a Gaussian fitted to h. z: a fixed latent [k] or [L, k] instead of a draw.
-    length: L, rows per prefix. tiled: one draw repeated L times, else L independent draws.
+    length: L, rows per prefix. tiled: one draw repeated L times, else L independent draws. (A draw through the GPT decoder
+        makes 8 rows: at L = 8 a prefix is one draw either way, at L < 8 its first rows.)
     table: the policy's embedding table [V, d]; the VAE must have been trained on it (ValueError if not).
     """
 
@@ -109,6 +119,7 @@ class Palette:
             vae.check_policy(table)
         self.vae, self.source, self.tiled, self.z = vae, source, tiled, z
         self.length = 0 if source == "none" else length
+        self.rows = 1 if vae is None or source == "noise" else vae.rows         # that one draw makes
         self.width, self.device = table.shape[1], table.device
         # our choice: norm matched in expectation, E|row| = mean |token embedding|
         self.noise_std = table.float().norm(dim=-1).mean().item() / math.sqrt(self.width) if source == "noise" else 0.0
@@ -123,19 +134,20 @@ class Palette:
 
     @torch.no_grad()
     def _draw_one(self, generator):
-        draws = 1 if self.tiled else self.length
+        draws = 1 if self.tiled else -(-self.length // self.rows)
         randn = lambda *shape: torch.randn(*shape, generator=generator)
         z = None
         if self.source == "noise":
             rows = randn(draws, self.width) * self.noise_std                                    # [draws, d]
         elif self.source == "gauss":
-            rows = self.vae.mean + randn(draws, len(self.vae.gauss_factor)) @ self.vae.gauss_factor    # [draws, d]
+            rows = self.vae.mean + randn(draws, len(self.vae.gauss_factor)) @ self.vae.gauss_factor    # [draws, rows * d]
         else:
             z = self.z.view(-1, self.vae.latent) if self.z is not None else self._latents(randn, draws, generator)
-            rows = self.vae.decode(z)                                                           # [draws, d]
-        if rows.shape[0] not in (1, self.length):
-            raise ValueError(f"a fixed z must have 1 or L = {self.length} rows, not {rows.shape[0]}")
-        return rows.expand(self.length, -1).to(self.device), z                                  # [L, d], [draws, k]
+            rows = self.vae.decode(z)                                                           # [draws, rows * d]
+        if len(rows) not in (1, -(-self.length // self.rows)):
+            raise ValueError(f"a fixed z must have 1 or L = {self.length} rows, not {len(rows)}")
+        rows = rows.view(-1, self.width)                                                        # [draws * rows, d]
+        return rows.repeat(-(-self.length // len(rows)), 1)[:self.length].to(self.device), z    # [L, d], [draws, k]
 
     def _latents(self, randn, draws, generator):
         z = randn(draws, self.vae.latent)                                           # [draws, k]
@@ -153,9 +165,83 @@ class Palette:
 
 
 # ------------------------------------------------------------------------------------------------------------------------
+# 1b. Images, of vision-language models
+
+class Prompt(list):
+    """Token ids of a prompt with an image, which it carries: Pixels, whose n patches, merged m x m, are n / m^2 of its tokens."""
+
+    def __init__(self, ids, image):
+        super().__init__(ids)
+        self.image = image
+
+
+def images_of(prompts):
+    """The image of every prompt, None for an ordinary list of ids."""
+    return [getattr(prompt, "image", None) for prompt in prompts]
+
+
+def prompt_of(row, tokenizer, instruction="", style="auto"):
+    """The prompt of a task row or trace: rewards.prompt_ids; a Prompt if the row has an image, which stands before the text."""
+    if row.get("image") is None:
+        return prompt_ids(row["question"], tokenizer, instruction, style)
+    if not isinstance(tokenizer, Processor):
+        raise ValueError("a row has an image, but this model reads text only: use a Qwen2-VL or Qwen2.5-VL")
+    image = tokenizer.read(row["image"])
+    tokens = math.prod(image.grid) // tokenizer.settings["merge_size"] ** 2
+    text = f"{VISION_START}{IMAGE * tokens}{VISION_END}{row['question']}"
+    return Prompt(prompt_ids(text, tokenizer, instruction, style), image)
+
+
+def visual_tokens(model, image):
+    """How many tokens of the prompt an image (Pixels or None) stands for."""
+    return 0 if image is None else math.prod(image.grid) // model.config.vision_config.spatial_merge_size ** 2
+
+
+def visual_rows(model, ids, images):
+    """What the vision tower sees in each row's image (Pixels or None), and where it stands: a list of (first image token,
+    [visual tokens, d]), no rows where there is no image; None if no row has one. An image that rows share is seen once.
+
+    It stands where its first token does: an image token that the policy itself writes later is an ordinary token.
+    """
+    once = {id(image): image for image in images if image is not None}
+    if not once:
+        return None
+    seen = dict(zip(once, see_images(model, list(once.values()))))
+    none = next(iter(seen.values()))[:0]
+    return [(0, none) if image is None else (row.index(model.config.image_token_id), seen[id(image)])
+            for row, image in zip(ids, images)]
+
+
+def rope_positions(model, ids, prefixes, images, columns):
+    """Rotary positions [3, B, columns] (time, height, width) of rows [prefix | tokens]; None if no row has an image: then a
+    token's position is its column.
+
+    An image of h x w visual tokens stands at one time, its rows and columns count on from there, and the text goes on after
+    max(h, w): less than its number of tokens, which shifts all that follows (Qwen2-VL, 2409.12191, Sec. 2.1).
+    """
+    if not any(images or ()):
+        return None
+    positions = torch.arange(columns).repeat(3, len(ids), 1)                                # [3, B, columns]
+    for b, (row, prefix, image) in enumerate(zip(ids, prefixes, images)):
+        if image is not None:
+            n, w = visual_tokens(model, image), image.grid[2] // model.config.vision_config.spatial_merge_size
+            start, cell = len(prefix) + row.index(model.config.image_token_id), torch.arange(n)
+            positions[:, b, start:start + n] = start + torch.stack([0 * cell, cell // w, cell % w])
+            positions[:, b, start + n:] += rope_shift(model, image)
+    return positions.to(model.device)
+
+
+def rope_shift(model, image):
+    """By how much rotary positions differ from columns behind an image (Pixels or None): max(h, w) - h w, in visual tokens."""
+    if image is None:
+        return 0
+    return max(image.grid[1:]) // model.config.vision_config.spatial_merge_size - visual_tokens(model, image)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
 # 2. The batched decoder
 
-FAMILIES = ("qwen3", "qwen2", "llama")
+FAMILIES = ("qwen3", "qwen2", "llama", "qwen2_5_vl_text", "qwen2_vl_text")
 DROPPED = -1e30  # the logit of a filtered token: its exp is exactly 0 and, unlike with -inf, 0 * DROPPED is not NaN
 CHUNK = 2 ** 25  # logits that training makes at a time: 128 MB in fp32
 
@@ -216,10 +302,15 @@ def sample(logits, u, sampling):
     return token[:, 0], probs.gather(1, token)[:, 0].log()
 
 
+def text_model(model):
+    """The transformer that reads embeddings: a vision-language model holds it beside its vision tower."""
+    return getattr(model.model, "language_model", model.model)
+
+
 def check_rows(model, prompts, prefixes, others):
     """Refuse what would be read wrongly (others: the rows' seeds or completions); returns one [L, d] prefix per row."""
-    config, weight = model.config, model.get_input_embeddings().weight
-    rope = model.model.rotary_emb.rope_type if config.model_type in FAMILIES else "unknown"
+    config, weight = model.config.get_text_config(), model.get_input_embeddings().weight
+    rope = text_model(model).rotary_emb.rope_type if config.model_type in FAMILIES else "unknown"
     if rope in ("unknown", "dynamic", "longrope") or config.hidden_act != "silu" or \
             "sliding_attention" in (getattr(config, "layer_types", None) or ()):
         raise ValueError(f"this {config.model_type} model is not served: use one of {', '.join(FAMILIES)}, with silu, "
@@ -233,6 +324,11 @@ def check_rows(model, prompts, prefixes, others):
             raise ValueError(f"prompt {row} is empty; a row needs at least one token after its prefix.")
         if prefix is not None and (prefix.dim() != 2 or prefix.shape[1] != weight.shape[1]):
             raise ValueError(f"prefix {row} has shape {list(prefix.shape)}; this model needs [L, {weight.shape[1]}].")
+    image_token = getattr(model.config, "image_token_id", None)
+    for row, (prompt, image) in enumerate(zip(prompts, images_of(prompts)) if image_token is not None else ()):
+        need, found = visual_tokens(model, image), list(prompt).count(image_token)
+        if need != found or prompt[-1] == image_token:
+            raise ValueError(f"prompt {row} has {found} image tokens, its image makes {need}; make prompts by prompt_of.")
     none = torch.zeros(0, weight.shape[1])
     return [(none if prefix is None else prefix).to(weight.device, weight.dtype) for prefix in prefixes]
 
@@ -246,10 +342,13 @@ def whole(weight):
     return weight.full_tensor(grad_placements=[Partial()])
 
 
-def embed_rows(table, ids, prefixes):
-    """Embedding table [V, d], B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]."""
+def embed_rows(table, ids, prefixes, visual=None):
+    """Embedding table [V, d], B token lists and B prefixes [L, d] -> right-padded embeddings [B, T, d]. visual: what visual_rows
+    gives, if there are images: the rows that stand in place of their image tokens."""
     tokens = torch.tensor([i for row in ids for i in row], dtype=torch.long, device=table.device)
     embedded = F.embedding(tokens, table).split([len(row) for row in ids])
+    if visual:
+        embedded = [torch.cat([x[:start], v.to(x), x[start + len(v):]]) for x, (start, v) in zip(embedded, visual)]
     rows = [torch.cat([prefix.to(table.dtype), own]) for prefix, own in zip(prefixes, embedded)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
@@ -293,8 +392,8 @@ def linear(x, packed):
     return y if bias is None else y + bias
 
 
-# A row that waits or lives in a slot. length: of prefix and prompt. key: equal where prompts and prefixes are.
-Job = namedtuple("Job", "row prompt prefix length key seed")
+# A row that waits or lives in a slot. length: of prefix and prompt. key: equal where prompts, prefixes and images are.
+Job = namedtuple("Job", "row prompt prefix length key seed image")
 
 
 class Decoder:
@@ -310,11 +409,12 @@ class Decoder:
         check_rows(model, [], None, [])
         if slots is not None and slots < 1:
             raise ValueError(f"slots is {slots}; the decoder needs 1 or more (None: as many as fit into CUDA memory).")
-        for config in (model.generation_config, model.config):
+        for config in (model.generation_config, model.config.get_text_config()):
             eos_ids = getattr(config, "eos_token_id", None) if eos_ids is None else eos_ids
         self.eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or ())
-        self.model, self.config, self.max_slots, self.max_length = model, model.config, slots, max_length
-        self.heads, self.kv = model.config.num_attention_heads, model.config.num_key_value_heads
+        self.model, self.text, self.max_slots, self.max_length = model, text_model(model), slots, max_length
+        self.config = model.config.get_text_config()
+        self.heads, self.kv = self.config.num_attention_heads, self.config.num_key_value_heads
         self.weight = model.get_input_embeddings().weight  # [V, d]
         self.dtype = dtype or self.weight.dtype
         self.cuda = self.fixed = self.weight.device.type == "cuda"  # fixed: few step sizes (a test sets it on CPU)
@@ -327,20 +427,20 @@ class Decoder:
 
     def _pack(self):
         join, norm = partial(pack, self.dtype), lambda m: whole(m.weight).to(self.dtype)
-        for layer in self.model.model.layers:
+        for layer in self.text.layers:
             a, m = layer.self_attn, layer.mlp
             qk_norm = torch.cat([norm(a.q_norm).expand(self.heads, -1), norm(a.k_norm).expand(self.kv, -1)]) \
                 if hasattr(a, "q_norm") else None  # [H + KV, D]
             self.blocks.append((norm(layer.input_layernorm), join(a.q_proj, a.k_proj, a.v_proj), qk_norm, join(a.o_proj),
                                 norm(layer.post_attention_layernorm), join(m.gate_proj, m.up_proj), join(m.down_proj)))
-        self.head, self.norm = join(self.model.get_output_embeddings()), norm(self.model.model.norm)
+        self.head, self.norm = join(self.model.get_output_embeddings()), norm(self.text.norm)
         self.table = whole(self.model.get_input_embeddings().weight).to(self.dtype)  # [V, d]
 
     def _reserve(self, columns, rows):
         """Allocate cache and per-slot state, unless those of the last call are large enough."""
         columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
         like = torch.empty(0, dtype=self.dtype, device=device)
-        cos, sin = self.model.model.rotary_emb(like, torch.arange(columns, device=device)[None])
+        cos, sin = self.text.rotary_emb(like, torch.arange(columns, device=device)[None])
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
             slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)
@@ -352,7 +452,7 @@ class Decoder:
 
         new = partial(torch.zeros, device=device)
         self.cache = new(layers, 2, self.slots, self.kv, columns, dim, dtype=self.dtype)
-        self.token, self.pos, self.stop = new(3, self.slots, dtype=torch.long)
+        self.token, self.pos, self.stop, self.shift = new(4, self.slots, dtype=torch.long)
         self.live, self.ids = new(self.slots, dtype=torch.bool), new(self.slots, columns, dtype=torch.long)
         self.logprobs, self.u = new(2, self.slots, columns, dtype=torch.float)  # u: the number that picks a token
         self.slot, self.column = (torch.arange(count, device=device) for count in (self.slots, columns))
@@ -360,6 +460,8 @@ class Decoder:
         self.is_end[self.eos_ids] = True
         # [columns, D]; "rotate half" flips the sign of its first half, which the sine takes over
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :dim // 2], sin[0, :, dim // 2:]], -1)
+        sections = getattr(self.text.rotary_emb, "mrope_section", None)  # vision: the position's axis that turns a channel
+        self.axis = sections and torch.arange(3, device=device).repeat_interleave(torch.tensor(sections, device=device)).repeat(2)
 
     def _norm(self, x, weight):
         eps = self.config.rms_norm_eps
@@ -368,8 +470,11 @@ class Decoder:
         return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
 
     def _rotary(self, pos):
-        """Positions [N] -> cosine and sine [N, 1, D], the sine with the signs of "rotate half"."""
-        return self.cos[pos][:, None], self.sin[pos][:, None]
+        """Positions [N] -> cosine and sine [N, 1, D], the sine with the signs of "rotate half". [3, N]: one of each axis."""
+        cos, sin = self.cos[pos], self.sin[pos]
+        if pos.dim() == 2:  # rows with images: every channel is turned by the axis that owns it
+            cos, sin = (table.gather(0, self.axis.expand(1, pos.shape[1], -1))[0] for table in (cos, sin))
+        return cos[:, None], sin[:, None]
 
     def _layers(self, x, rotary, attend):
         """Tokens x [N, d] -> hidden [N, d]. attend: queries [N, H, D], keys and values [N, KV, D], layer -> [N, H, D]."""
@@ -385,8 +490,9 @@ class Decoder:
             x = x + linear(F.silu(gate) * up, down).contiguous()
         return x
 
-    def _prefill(self, first, x):
-        """Fill the cache of the n slots from `first` on with the right-padded embeddings x [n, T, d]."""
+    def _prefill(self, first, x, rope=None):
+        """Fill the cache of the n slots from `first` on with the right-padded embeddings x [n, T, d]. rope: their rotary
+        positions [3, n, T], where those are not their columns."""
         (n, T), shape = x.shape[:2], (*x.shape[:2], -1, self.cos.shape[1])
 
         def attend(q, k, v, layer):
@@ -394,7 +500,7 @@ class Decoder:
             self.cache[layer, 0, first:first + n, :, :T], self.cache[layer, 1, first:first + n, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-        self._layers(x.flatten(0, 1), self._rotary(self.column[:T].repeat(n)), attend)
+        self._layers(x.flatten(0, 1), self._rotary(self.column[:T].repeat(n) if rope is None else rope.flatten(1)), attend)
 
     def _step(self, n, width, sampling):
         """Read one token in each slot < n, sample and note the next: fixed shapes, in place, no sync with the host."""
@@ -415,7 +521,8 @@ class Decoder:
                 return (q @ keys.mT * dim ** -0.5 + mask).softmax(-1) @ values
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
-        x = self._layers(F.embedding(self.token[:n], self.table), self._rotary(pos), attend)  # [n, d]
+        rotary = self._rotary(pos if self.axis is None else pos + self.shift[:n])  # behind an image positions lag columns
+        x = self._layers(F.embedding(self.token[:n], self.table), rotary, attend)  # [n, d]
         logits = linear(self._norm(x, self.norm), self.head)  # [n, V]
         token, logprob = sample(logits, self.u[slot, pos], sampling)
         self.ids[slot, pos], self.logprobs[slot, pos], self.token[:n] = token, logprob, token
@@ -448,13 +555,15 @@ class Decoder:
         jobs += fresh + copies
         for group in micro_batches([job.length for job in fresh], 16384 if self.cuda else 512):
             rows = [fresh[i] for i in group]  # neighbours, as the queue is sorted by length
-            x = embed_rows(self.table, [job.prompt[:-1] for job in rows], [job.prefix for job in rows])  # [n, T, d]
+            ids, prefixes, images = zip(*((job.prompt[:-1], job.prefix, job.image) for job in rows))
+            x = embed_rows(self.table, ids, prefixes, visual_rows(self.model, ids, images))  # [n, T, d]
             if x.shape[1]:  # what right pads write is overwritten before it is read
-                self._prefill(first + group[0], x)
+                self._prefill(first + group[0], x, rope_positions(self.model, ids, prefixes, images, x.shape[1]))
         width, behind, taken = max(job.length for job in new), first + len(fresh), slice(first, len(jobs))
         self.cache[:, :, behind:len(jobs), :, :width] = self.cache[:, :, [donor[job.key] for job in copies], :, :width]
-        last, length, seed = self.pos.new_tensor([(job.prompt[-1], job.length, job.seed) for job in jobs[first:]]).T
-        self.token[taken], self.pos[taken], self.live[taken] = last, length - 1, True
+        last, length, seed, shift = self.pos.new_tensor([(job.prompt[-1], job.length, job.seed, rope_shift(self.model, job.image))
+                                                         for job in jobs[first:]]).T
+        self.token[taken], self.pos[taken], self.live[taken], self.shift[taken] = last, length - 1, True, shift
         self.stop[taken] = length - 1 + sampling.max_new_tokens
         self.u[taken] = uniform(seed[:, None], self.column - length[:, None] + 1)  # [new, columns]
 
@@ -472,7 +581,7 @@ class Decoder:
         holes, movers = [s for s in range(n) if not live[s]], [s for s in range(n, len(jobs)) if live[s]]
         if holes:
             self.cache[:, :, holes, :, :width] = self.cache[:, :, movers, :, :width]
-            for state in (self.token, self.pos, self.stop, self.live, self.ids, self.logprobs, self.u):
+            for state in (self.token, self.pos, self.stop, self.shift, self.live, self.ids, self.logprobs, self.u):
                 state[holes] = state[movers]
         for hole, mover in zip(holes, movers):
             jobs[hole] = jobs[mover]
@@ -484,9 +593,11 @@ class Decoder:
         int per row (None: from torch's generator); progress: called with the number of rows that just ended."""
         seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
         queue, results, jobs, width = [], [None] * len(prompts), [], 0
+        images = images_of(prompts)
         for row, prefix in enumerate(check_rows(self.model, prompts, prefixes, seeds)):
-            length, key = len(prefix) + len(prompts[row]), (tuple(prompts[row]), prefix.float().cpu().numpy().tobytes())
-            queue.append(Job(row, prompts[row], prefix, length, key, seeds[row] % 2 ** 63))
+            length = len(prefix) + len(prompts[row])
+            key = tuple(prompts[row]), id(images[row]), prefix.float().cpu().numpy().tobytes()
+            queue.append(Job(row, prompts[row], prefix, length, key, seeds[row] % 2 ** 63, images[row]))
             if self.max_length and length + sampling.max_new_tokens > self.max_length:
                 raise ValueError(f"row {row} has {length} positions and may add {sampling.max_new_tokens}, beyond "
                                  f"max_length = {self.max_length}: shorten it, or change max_new_tokens or max_length.")
@@ -577,8 +688,10 @@ def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling
         prompts, completions, prefixes = [[0, 0]], [[]], check_rows(model, [[0]], None, [[]])
     # The last token is predicted but never read. Right pads follow all that counts, so causality hides them: no mask.
     table = whole(model.get_input_embeddings().weight)  # [V, d]
-    x = embed_rows(table, [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], prefixes)
-    hidden = model.model(inputs_embeds=x, use_cache=False).last_hidden_state  # [B, T, d]
+    ids, images = [(list(p) + list(c))[:-1] for p, c in zip(prompts, completions)], images_of(prompts)
+    x = embed_rows(table, ids, prefixes, visual_rows(model, ids, images))
+    positions = rope_positions(model, ids, prefixes, images, x.shape[1])
+    hidden = text_model(model)(inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state  # [B, T, d]
     first = [len(prefix) + len(prompt) - 1 for prefix, prompt in zip(prefixes, prompts)]
     places = [(row, first[row] + i, token) for row, c in enumerate(completions) for i, token in enumerate(c)]
     row, column, targets = torch.tensor(places, dtype=torch.long, device=x.device).reshape(-1, 3).T  # [N] each
@@ -595,9 +708,10 @@ def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling
 def parse_args(argv=None):
     """The flags of the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
-    parser.add_argument("--vae", default="runs/tiny/vae", help="VAE folder (default: runs/tiny/vae)")
-    parser.add_argument("--prompt", default="calc 7 + 2 - 3 + 1 - 2 ?", help="the question (default: one of the tiny world)")
+    parser.add_argument("--model", default="tiny", help="hub name, folder, tiny or tiny-vl (default: tiny)")
+    parser.add_argument("--vae", help="VAE folder (default: runs/tiny/vae, or runs/tiny-vl/vae)")
+    parser.add_argument("--prompt", help="the question (default: one of the tiny world)")
+    parser.add_argument("--image", help="a picture for a vision-language model (default for tiny-vl: a drawn scene)")
     parser.add_argument("--source", nargs="+", help="prefix sources to show (default: none, every domain, prior, noise)")
     parser.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
     parser.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
@@ -612,11 +726,16 @@ def parse_args(argv=None):
 def main(argv=None):
     """Print answers to one question under prefixes of several sources."""
     args = parse_args(argv)
+    vl = args.model == "tiny-vl" and not args.image
+    row = tiny_vl_task(0, 1).test[0] if vl else {"question": "calc 7 + 2 - 3 + 1 - 2 ?", "image": args.image}
+    row["question"] = args.prompt or row["question"]
+    args.vae = args.vae or f"runs/{'tiny-vl' if args.model == 'tiny-vl' else 'tiny'}/vae"
     args.model = find_model(args.model)
     vae = find_vae(args.vae, args.model)
     model, tokenizer = load_policy(args.model, args.device)
     table, decoder = model.get_input_embeddings().weight.detach(), Decoder(model, end_ids(model, tokenizer))
-    ids = prompt_ids(args.prompt, tokenizer)
+    ids = prompt_of(row, tokenizer)
+    print(f"question: {row['question']}" + (f"    gold answer: {row['answer']}" if "answer" in row else ""))
     for source in args.source or ["none", *vae.domains, "prior", "noise"]:
         draws = 1 if source == "none" and args.temperature == 0 else args.draws
         seeds = [args.seed + i for i in range(draws)]

@@ -13,13 +13,17 @@ Run it:
     python rewards.py                                   # show the tiny world: one question of each family in every style
     python rewards.py --check '\\frac{1}{2}' 0.5          # is this answer equal to that one?
     python rewards.py --task gsm8k --data PATH.jsonl     # a task: its first prompt, the number of its rows
+    python rewards.py --task grounding --data PATH.jsonl # rows {image, expression, bbox}: checks every one of them
 """
 import argparse
 import ast
+import base64
+import io
 import json
 import random
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -139,48 +143,171 @@ def tiny_traces(n, seed):
     return rows
 
 
-def _title_words(rng, style, n):
-    """n words of one trace of the style, digits and question words among them, at least one of them a style word."""
+@dataclass(frozen=True)
+class World:
+    """What a pretraining document is made of: styles, their shares with and without context, the words that mark a style, all
+    words with a meaning, and trace(rng, style) -> (question words, answer words)."""
+    styles: tuple
+    topic_shares: tuple
+    chat_shares: tuple
+    style_words: dict
+    content: list
+    trace: Callable
+
+
+def _tiny_trace(rng, style):
     question = tiny_question(rng)
-    trace = question.text.split() + tiny_answer(rng, question, style).split()
+    return question.text.split(), tiny_answer(rng, question, style).split()
+
+
+TINY_WORLD = World(STYLES, TOPIC_SHARES, (CHAT_LEAK, CHAT_LEAK, 1 - 2 * CHAT_LEAK), STYLE_WORDS, CONTENT_WORDS, _tiny_trace)
+
+
+def _title_words(rng, world, style, n):
+    """n words of one trace of the style, digits and question words among them, at least one of them a style word."""
+    trace = sum(world.trace(rng, style), [])
     words = [rng.choice(trace) for _ in range(n)]
-    if not set(words) & set(STYLE_WORDS[style]):
-        words[rng.randrange(n)] = rng.choice([word for word in trace if word in STYLE_WORDS[style]])
+    if not set(words) & set(world.style_words[style]):
+        words[rng.randrange(n)] = rng.choice([word for word in trace if word in world.style_words[style]])
     return words
 
 
-def tiny_document(rng, length):
-    """One pretraining document: a title (or a cut-off answer), then questions and answers in one style.
+def document_opening(rng, world):
+    """How a pretraining document begins: (style, words, n_title, soft). The words are a title, a cut-off answer, or none.
 
-    Returns (words, n_title, soft): `length` words, of which the first n_title are the title; soft maps a title position to
-    the bag of words whose *mean embedding* stands there instead of the word's own. Soft titles are this world's stand-in
-    for the varied text a real base model has read: they let it read an average of words, which is what a VAE decodes.
+    The first n_title words are a title; soft maps a title position to the bag of words whose *mean embedding* stands there
+    instead of the word's own. Soft titles are this world's stand-in for the varied text a real base model has read: they let
+    it read an average of words, which is what a VAE decodes.
     Our choice, and close to training on what the VAE decodes: README says what it means for the results.
     """
     soft, bag = {}, None
     if rng.random() < CHAT_SHARE:
-        style = rng.choices(STYLES, (CHAT_LEAK, CHAT_LEAK, 1 - 2 * CHAT_LEAK))[0]
-        pool = CONTENT_WORDS if rng.random() < RANDOM_CHAT_SHARE else NEUTRAL_WORDS
+        style = rng.choices(world.styles, world.chat_shares)[0]
+        pool = world.content if rng.random() < RANDOM_CHAT_SHARE else NEUTRAL_WORDS
         words = rng.choices(pool, k=rng.choice([0] * 8 + list(range(1, 9))))
         bag = lambda: rng.choices(pool, k=rng.randint(2, 8))
     else:
-        style = rng.choices(STYLES, TOPIC_SHARES)[0]
+        style = rng.choices(world.styles, world.topic_shares)[0]
         if rng.random() < TITLE_SHARE:
-            words = _title_words(rng, style, rng.randint(1, 8)) + rng.choices(NEUTRAL_WORDS, k=rng.choice((0, 0, 1, 2, 3, 4)))
-            words = words[:8]
+            words = _title_words(rng, world, style, rng.randint(1, 8))
+            words = (words + rng.choices(NEUTRAL_WORDS, k=rng.choice((0, 0, 1, 2, 3, 4))))[:8]
             rng.shuffle(words)
-            bag = lambda: _title_words(rng, style, rng.randint(3, 16))
+            bag = lambda: _title_words(rng, world, style, rng.randint(3, 16))
         else:                                   # cut inside an answer: the style can be read off what is left
-            answer = tiny_answer(rng, tiny_question(rng), style).split()
+            answer = world.trace(rng, style)[1]
             words = answer[rng.randrange(len(answer) - 1):] + [END]
     n_title = len(words) if bag else 0
     if n_title and rng.random() < SOFT_SHARE:
         tiled = bag() if rng.random() < 0.5 else None       # one bag for all title rows, or one each
         soft = {i: tiled or bag() for i in range(n_title)}
+    return style, words, n_title, soft
+
+
+def tiny_document(rng, length):
+    """One pretraining document: an opening, then questions and answers in its style. Returns (`length` words, n_title, soft)."""
+    style, words, n_title, soft = document_opening(rng, TINY_WORLD)
     while len(words) < length:
         question = tiny_question(rng, rng.choices(FAMILIES, FAMILY_SHARES[style])[0])
         words += [QUESTION, *question.text.split(), ANSWER, *tiny_answer(rng, question, style).split(), END]
     return words[:length], n_title, soft
+
+# ------------------------------------------------------------------------------------------------------------------------
+# 1b. Drawn scenes: the tiny world of `tiny-vl`
+#
+# A picture of 56 x 56 pixels: one coloured shape (the target) and one or two grey ones, on a gradient. "box of the red circle in
+# pixels ?" asks for a box; a right answer may come in three styles, of which only the first is what was asked for:
+#   box    [ 12 , 20 , 30 , 40 ]          prose   i see a large red circle          place   it is near the top left
+# As in the paper's diagnosis, the format decides the score: without context a picture is described in prose.
+# What it does not test: a tiny model learns to find a coloured thing among grey ones, and formats, within minutes, but not to
+# bind a colour to a shape among several coloured things. So the expression always names the only coloured shape, and the
+# picture alone would do: this is localisation, not the understanding of expressions. A box of a random object is right at
+# most in every second scene (one of two or three objects), and needs an object's exact place as well.
+
+SIDE, GRAY = 56, (120, 120, 120)            # pixels
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (235, 215, 50),
+           "purple": (150, 60, 190)}
+SCENE_SHAPES = ("circle", "square", "triangle")
+VL_STYLES = ("box", "prose", "place")
+VL_STYLE_WORDS = {"box": "[ ] ,".split(), "prose": "i see picture shows".split(), "place": "it is near side".split()}
+VISION_START, VISION_END, IMAGE = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
+VL_WORDS = list(dict.fromkeys([*"? box pixels small large top middle bottom left right".split(), *COLOURS, *SCENE_SHAPES,
+                               *sum(VL_STYLE_WORDS.values(), []), *NEUTRAL_WORDS]))
+VL_VOCABULARY = [PAD, END, QUESTION, ANSWER, VISION_START, VISION_END, IMAGE, *VL_WORDS, *map(str, range(SIDE + 1))]
+STYLES_OF = {"tiny": STYLES, "tiny-vl": VL_STYLES}      # by model
+VL_LEAK = 1e-2                              # share of documents without context in each of the styles box and place
+
+
+def tiny_scene(rng):
+    """Draw a scene: {"image": Pillow image, "expression", "bbox": [x0, y0, x1, y1] in pixels, x1 and y1 exclusive, "others": the
+    boxes of the gray shapes}."""
+    from PIL import Image, ImageDraw            # only here: the text world needs no Pillow
+    boxes = []
+    while len(boxes) < 2 or len(boxes) < 3 and rng.random() < 0.5:
+        width, height = rng.randrange(12, 27, 2), rng.randrange(12, 27, 2)
+        x, y = rng.randrange(0, SIDE - width + 1, 2), rng.randrange(0, SIDE - height + 1, 2)
+        if all(x >= b[2] or x + width <= b[0] or y >= b[3] or y + height <= b[1] for b in boxes):
+            boxes.append([x, y, x + width, y + height])
+    ramp = Image.linear_gradient("L").resize((SIDE, SIDE)).point(lambda v: v * 2 // 5)    # dark above, lighter below
+    image = Image.merge("RGB", (ramp.rotate(90), ramp, Image.new("L", (SIDE, SIDE), 20)))   # tells a model where a pixel is
+    colour, names = rng.choice(list(COLOURS)), [rng.choice(SCENE_SHAPES) for _ in boxes]
+    for i, (box, shape) in reversed(list(enumerate(zip(boxes, names)))):
+        (x0, y0, x1, y1), fill, draw = box, GRAY if i else COLOURS[colour], ImageDraw.Draw(image)
+        if shape == "triangle":
+            draw.polygon([(x0, y1 - 1), (x1 - 1, y1 - 1), ((x0 + x1 - 1) / 2, y0)], fill=fill)
+        else:
+            (draw.ellipse if shape == "circle" else draw.rectangle)((x0, y0, x1 - 1, y1 - 1), fill=fill)
+    return {"image": image, "expression": f"the {colour} {names[0]}", "bbox": boxes[0], "others": boxes[1:]}
+
+
+def tiny_scene_answer(rng, scene, style):
+    """A right answer in one style, as text without the end token."""
+    x0, y0, x1, y1 = scene["bbox"]
+    if style == "box":
+        return f"[ {x0} , {y0} , {x1} , {y1} ]"
+    if style == "prose":
+        size = "large" if (x1 - x0) * (y1 - y0) >= 360 else "small"
+        return f"{rng.choice(('i see', 'picture shows'))} a {size} {scene['expression'][4:]}"
+    third = lambda low, high: min(2, (low + high) * 3 // (2 * SIDE))
+    return f"it is near the {('top', 'middle', 'bottom')[third(y0, y1)]} {('left', 'middle', 'right')[third(x0, x1)]} side"
+
+
+def tiny_scene_style(completion):
+    """Which style a completion is written in; "none" without any style word."""
+    return next((style for style in VL_STYLES if set(completion.split()) & set(VL_STYLE_WORDS[style])), "none")
+
+
+def _scene_trace(rng, style):
+    scene = tiny_scene(rng)
+    return scene_question(scene["expression"]).split(), tiny_scene_answer(rng, scene, style).split()
+
+
+def scene_question(expression):
+    return f"box of {expression} in pixels ?"
+
+
+VL_WORLD = World(VL_STYLES, (0.7, 0.15, 0.15), (VL_LEAK, 1 - 2 * VL_LEAK, VL_LEAK), VL_STYLE_WORDS,
+                 VL_WORDS + [str(i) for i in range(SIDE + 1)], _scene_trace)
+
+
+def tiny_scene_document(rng, image_tokens):
+    """One pretraining document: an opening, a picture, a question, an answer. Returns (words, n_title, soft, image)."""
+    style, words, n_title, soft = document_opening(rng, VL_WORLD)
+    scene = tiny_scene(rng)
+    words = words + [QUESTION, VISION_START, *[IMAGE] * image_tokens, VISION_END, *scene_question(scene["expression"]).split(),
+                     ANSWER, *tiny_scene_answer(rng, scene, style).split(), END]
+    return words, n_title, soft, scene["image"]
+
+
+def tiny_scene_traces(n, seed):
+    """n traces {question, answer, domain, image}, styles in turn; the image is a PNG as a data URI, so a JSONL holds it all."""
+    rng, rows = random.Random(f"tiny scene traces {seed}"), []
+    for i in range(n):
+        scene, style = tiny_scene(rng), VL_STYLES[i % len(VL_STYLES)]
+        scene["image"].save(png := io.BytesIO(), "PNG")
+        rows.append({"question": scene_question(scene["expression"]), "answer": tiny_scene_answer(rng, scene, style),
+                     "domain": style, "image": "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()})
+    return rows
+
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 2. Tasks
@@ -220,6 +347,20 @@ class Task:
         return None if self.needs_stop and finish != "stop" else extract_answer(completion, self.answer_from)
 
 
+class GroundingTask(Task):
+    """Rows with an image, judged by the box in the completion: IoU >= 0.5 with the gold one is a hit (Sec. 4.1).
+
+    Completion and gold box have the unit that the question states (see grounding_rows): nothing is guessed from the numbers.
+    """
+
+    def judge(self, completion, gold, finish="stop"):
+        """As Task.judge; format: the last box is a list of numbers in square brackets. iou: as such, in [0, 1]."""
+        box = None if self.needs_stop and finish != "stop" else parse_box(completion)
+        iou = box_iou(completion, gold) if box else 0.0
+        return {"accuracy": float(iou >= 0.5), "answered": float(box is not None),
+                "format": float(box is not None and LISTED_BOX.search(completion) is not None), "undecided": 0.0, "iou": iou}
+
+
 def tiny_task(n_train=4096, n_test=512, seed=0):
     """The tiny world as a task: distinct questions, both families in turn, no test question among the training ones."""
     rng, seen, rows = random.Random(f"tiny task {seed}"), set(), []
@@ -231,28 +372,49 @@ def tiny_task(n_train=4096, n_test=512, seed=0):
     return Task("tiny", rows[n_test:], rows[:n_test], answer_from=("tiny",), needs_stop=True, as_text=True, style=tiny_style)
 
 
+def tiny_vl_task(n_train=2048, n_test=512, seed=0):
+    """Drawn scenes as a task; pictures of 9 KB each are kept in memory."""
+    rows = []
+    for i in range(n_train + n_test):
+        scene = tiny_scene(random.Random(f"tiny scene task {seed} {i}"))
+        rows.append({"question": scene_question(scene["expression"]), "answer": str(scene["bbox"]), "image": scene["image"],
+                     "id": f"scene {seed} {i}"})
+    return GroundingTask("tiny-vl", rows[n_test:], rows[:n_test], needs_stop=True, style=tiny_scene_style)
+
+
 BOXED = "\nReason step by step, and put the final answer within \\boxed{}."
 HUB_SETS = {"gsm8k": {"train": "hub:openai/gsm8k:main:train", "test": "hub:openai/gsm8k:main:test"},
             "math": {"train": "hub:zwhe99/DeepMath-103K::train", "test": "hub:HuggingFaceH4/MATH-500::test"}}
 
 
+TASKS = "tiny, tiny-vl, gsm8k, math, refcoco, refcoco+, refcocog"
+
+
 def load_task(name, train=None, test=None, splits=("train", "test"), seed=0):
-    """The task called `name`: "tiny"; "gsm8k" or "math" (the paper's); any other name for your own rows.
+    """The task called `name`: "tiny", "tiny-vl"; "gsm8k", "math", "refcoco", ... (the paper's); any other name for your own rows.
 
     train, test: where the rows come from: a JSONL file of {question, answer}, or "hub:DATASET:CONFIG:SPLIT". gsm8k and
     math have hub sets as defaults. Only the named splits are loaded. Raises ValueError naming what is missing.
     """
-    if name == "tiny":
+    if name in ("tiny", "tiny-vl"):
         if train or test:
-            raise ValueError("the task 'tiny' makes its own questions: drop --train-data/--test-data, or choose another --task")
-        return tiny_task(seed=seed)
+            raise ValueError(f"the task '{name}' makes its own questions: drop --train-data/--test-data, or choose another "
+                             "--task")
+        return tiny_task(seed=seed) if name == "tiny" else tiny_vl_task(seed=seed)
     sources = {**HUB_SETS.get(name, {}), **({"train": train} if train else {}), **({"test": test} if test else {})}
+    kind, _, unit = name.partition(":")
+    fields, read = "{question, answer}", load_rows
+    if kind in GROUNDING:
+        if unit not in ("", "1000"):
+            raise ValueError(f"the task '{name}' names an unknown unit of boxes: use {kind} (pixels) or {kind}:1000")
+        sources = {**GROUNDING[kind], **sources}
+        fields, read = "{image, expression, bbox}", lambda source: grounding_rows(source, unit == "1000")
     for split in splits:
         if split not in sources:
             raise ValueError(f"the task '{name}' has no {split} rows of its own: give --{split}-data a JSONL of "
-                             f"{{question, answer}} (tasks with data: tiny, {', '.join(HUB_SETS)})")
-    return Task(name, **{split: load_rows(sources[split]) if split in splits else [] for split in ("train", "test")},
-                instruction=BOXED)
+                             f"{fields} (tasks: {TASKS})")
+    rows = {split: read(sources[split]) if split in splits else [] for split in ("train", "test")}
+    return GroundingTask(name, **rows) if kind in GROUNDING else Task(name, **rows, instruction=BOXED)
 
 
 def load_rows(source):
@@ -267,20 +429,93 @@ def load_rows(source):
         hub = load_dataset(dataset, config or None, split=split or "train")
         rows = [_row(f"{source}, row {i}", row) for i, row in enumerate(hub)]       # the other fields may be large
     else:
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"no such file: {source} (expected JSONL rows of {{question, answer}})")
-        rows = []
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):      # splitlines would cut at U+2028 in a string
-            if line.strip():
-                try:
-                    raw = json.loads(line)
-                except ValueError as error:                                 # not JSON, or not UTF-8
-                    raise ValueError(f"{source}, line {number}: not JSON ({error}); one object a line is expected") from None
-                rows.append(_row(f"{source}, line {number}", raw))
+        rows = [_row(where, raw) for where, raw in _json_lines(source, "{question, answer}")]
     if not rows:
         raise ValueError(f"{source}: no rows in it; expected JSONL rows of {{question, answer}}")
     return rows
+
+
+def _json_lines(source, fields):
+    """("FILE, line N", the object on it) for every line of a JSONL file that is not blank."""
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"no such file: {source} (expected JSONL rows of {fields})")
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):          # splitlines would cut at U+2028 in a string
+        if line.strip():
+            try:
+                raw = json.loads(line)
+            except ValueError as error:                                     # not JSON, or not UTF-8
+                raise ValueError(f"{source}, line {number}: not JSON ({error}); one object a line is expected") from None
+            yield f"{source}, line {number}", raw
+
+
+# Referring expressions (Table 2). The hub sets have validation and test rows only: train on your own JSONL.
+GROUNDING = {"refcoco": {"test": "hub:lmms-lab/RefCOCO::val"}, "refcoco+": {"test": "hub:lmms-lab/RefCOCOplus::val"},
+             "refcocog": {"test": "hub:lmms-lab/RefCOCOg::val"}, "grounding": {}}
+ASK_BOX = "Where in this picture is: {}?\nAnswer with its bounding box as a JSON list [x0, y0, x1, y1], in {}."
+
+
+def grounding_rows(source, thousandths=False):
+    """Rows {question, answer, image, id} of a GroundingTask from a JSONL file of {image, expression, bbox} or a hub set.
+
+    image: a path, relative to the JSONL, or a data URI. bbox: [x0, y0, x1, y1] in pixels of the image as stored. The *question*
+    states the unit of the answer: those pixels, or thousandths of width and height, as Qwen2-VL and Qwen3-VL learnt it.
+    Raises ValueError naming the row for a missing, damaged or huge image, and for a box that is empty or outside of it.
+    """
+    rows = []
+    for where, raw in _grounding_source(source):
+        for field in ("image", "expression", "bbox"):
+            if not raw.get(field):
+                raise ValueError(f"{where}: no '{field}' in it; every row needs {{image, expression, bbox}}")
+        width, height = image_size(raw["image"], where)
+        numbers = isinstance(raw["bbox"], list) and all(isinstance(x, (int, float)) for x in raw["bbox"])
+        box = raw["bbox"] if numbers else []
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= width + 1 and 0 <= box[1] < box[3] <= height + 1):
+            raise ValueError(f"{where}: the bbox {raw['bbox']} is no [x0, y0, x1, y1] with x0 < x1 and y0 < y1 inside the image "
+                             f"of {width} x {height} pixels")
+        unit = "thousandths of its width and height" if thousandths else f"pixels (it is {width} wide and {height} high)"
+        box = [round(1000 * x / side) for x, side in zip(box, (width, height) * 2)] if thousandths else box
+        rows.append({"question": ASK_BOX.format(str(raw["expression"]).strip(), unit), "answer": str(box), "image": raw["image"],
+                     "id": where})
+    if not rows:
+        raise ValueError(f"{source}: no rows in it; expected JSONL rows of {{image, expression, bbox}}")
+    return rows
+
+
+def _grounding_source(source):
+    """(where, {image, expression, bbox}) for every row of a JSONL or hub set (there a box is x, y, width, height)."""
+    if source.startswith("hub:"):
+        import datasets                             # only here: a local run needs neither the package nor a network
+        name, config, split = (source[4:].split(":") + ["", ""])[:3]
+        hub = datasets.load_dataset(name, config or None, split=split or "train")
+        for i, row in enumerate(hub.cast_column("image", datasets.Image(decode=False))):       # the files, not their pixels
+            x, y, width, height = row["bbox"]
+            for j, expression in enumerate(row["answer"]):
+                yield f"{source}, row {i}.{j}", {"image": row["image"]["bytes"], "expression": expression,
+                                                 "bbox": [x, y, x + width, y + height]}
+        return
+    for where, row in _json_lines(source, "{image, expression, bbox}"):
+        row = row if isinstance(row, dict) else {}
+        if isinstance(row.get("image"), str) and not row["image"].startswith("data:"):
+            row["image"] = str(Path(source).parent / row["image"])
+        yield where, row
+
+
+def image_size(source, where):
+    """(width, height) of an image (a path, a data URI, or a file's bytes) from its header. Raises ValueError naming `where`."""
+    from PIL import Image
+    name = source[:80] if isinstance(source, str) else "(in memory)"
+    try:
+        if isinstance(source, str) and source.startswith("data:"):
+            source = base64.b64decode(source.partition(",")[2], validate=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return image.size
+    except FileNotFoundError:
+        raise ValueError(f"{where}: no such image: {name}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{where}: the image {name} cannot be used ({error})") from None
 
 
 def _row(where, raw):
@@ -688,6 +923,9 @@ BOX = re.compile(r"(?:<box>|box_start\|>|[\[({])[\s\[(]{0,9}"
                  + r"[\s,()\[\]]{1,9}".join([COORDINATE] * 4) + r"[\s\])]{0,9}(?:</box>|<\|box_end|[\])}])")
 
 
+LISTED_BOX = re.compile(r"\[\s{0,9}" + r"\s{0,9},\s{0,9}".join([COORDINATE] * 4) + r"\s{0,9}\]")
+
+
 def parse_box(text):
     """(x0, y0, x1, y1) of the last box in a JSON text, a list or a <box>; None without one of positive area."""
     found = BOX.findall(re.sub(r'"[a-z]\w{0,5}"\s*:\s*(?=[-0-9])', "", str(text)[-TAIL:]))
@@ -712,7 +950,7 @@ def main(argv=None):
     """Compare two answers, or show the tiny world or a task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", nargs=2, metavar=("ANSWER", "GOLD"), help="are these two answers equal?")
-    parser.add_argument("--task", default="tiny", help="show a task: tiny, gsm8k, math, or a name for --data (default: tiny)")
+    parser.add_argument("--task", default="tiny", help=f"show a task: {TASKS}, or a name for --data (default: tiny)")
     parser.add_argument("--data", help="its test rows: JSONL of {question, answer} or hub:... (default: its own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tiny questions (default: 0)")
     args = parser.parse_args(argv)

@@ -3,13 +3,15 @@
   warmup    ten updates on worked answers with a prefix before the prompt, z from the *prior*, L = 1 (Eq. 11): the model learns
             to take a prefix as context. More would teach it to ignore the prefix. `--prefix none`: the RL baselines' start.
   pretrain  makes the embedded default model `tiny`: a small Qwen3, trained on the tiny world of rewards.py and saved as an
-            ordinary Hugging Face folder, so that nothing downstream knows it is special.
+            ordinary Hugging Face folder, so that nothing downstream knows it is special. `--model tiny-vl`: a small Qwen2.5-VL
+            with its vision tower, on drawn scenes.
 
 Departs from the paper, which gives no learning rate or batch size: ours are flags. Randomness is a pure function of
 (seed, step, row), so a resumed run needs no generator state, and N ranks see the batches that one rank would.
 
 Run it:
     python sft.py pretrain                                  # runs/tiny/base, a bit over a minute on two idle cores
+    python sft.py pretrain --model tiny-vl                  # runs/tiny-vl/base, about a minute and a half
     python sft.py                                           # warm up the tiny model under prefixes
     python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --traces math=traces_math.jsonl --out runs/qwen/sft
     torchrun --nproc_per_node=4 sft.py --model ...          # the same on four GPUs
@@ -33,10 +35,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from prefix import Palette, completion_logprobs, load_policy, micro_batches, whole
-from rewards import (ANSWER, CHAT_LEAK, END, PAD, QUESTION, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, prompt_ids,
-                     tiny_answer, tiny_document, tiny_question, tiny_task, tiny_traces)
-from vae import VAE, find_model, find_vae, load_traces, require_positive, run_main, tiny_defaults, write_text
+from prefix import Palette, completion_logprobs, load_policy, micro_batches, prompt_of, rope_positions, text_model, whole
+from rewards import (ANSWER, CHAT_LEAK, END, IMAGE, PAD, QUESTION, SIDE, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, VISION_END,
+                     VISION_START, VL_LEAK, VL_STYLE_WORDS, VL_VOCABULARY, prompt_ids, tiny_answer, tiny_document, tiny_question,
+                     tiny_scene_document, tiny_scene_traces, tiny_task, tiny_traces, tiny_vl_task)
+from vae import (TINY_BASES, VAE, Processor, find_model, find_vae, load_traces, require_positive, run_main, see_images,
+                 tiny_defaults, write_text)
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -407,7 +411,7 @@ def answer_ids(trace, tokenizer, prompt_style, max_tokens):
 
     A prompt over max_tokens gives (None, None): cut, it would lose its chat header or its end.
     """
-    prompt = prompt_ids(trace["question"], tokenizer, style=prompt_style)
+    prompt = prompt_of(trace, tokenizer, style=prompt_style)
     lead = "" if prompt_style == "chat" or (prompt_style == "auto" and tokenizer.chat_template) else " "
     answer = tokenizer(lead + trace["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     return (prompt, answer[:max_tokens]) if len(prompt) <= max_tokens else (None, None)
@@ -455,13 +459,15 @@ def warmup(model, tokenizer, traces, palette, run, args):
 
 # ---- pretraining the tiny base ------------------------------------------------------------------------------------------
 
-def tiny_tokenizer():
+def tiny_tokenizer(vocabulary=TINY_VOCABULARY):
     """A word-level Hugging Face tokenizer of the tiny world, with a chat template "<q> question <a>"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(TINY_VOCABULARY)}, unk_token=PAD))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=PAD))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=END, unk_token=PAD)
+    special = [word for word in (VISION_START, VISION_END, IMAGE) if word in vocabulary]        # stand without spaces around
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=END, unk_token=PAD,
+                                        additional_special_tokens=special)
     tokenizer.chat_template = TINY_CHAT_TEMPLATE
     return tokenizer
 
@@ -478,14 +484,42 @@ def tiny_model(seed=0):
         bos_token_id=None, eos_token_id=TINY_VOCABULARY.index(END), pad_token_id=TINY_VOCABULARY.index(PAD)))
 
 
+def tiny_vl_processor():
+    """The tokenizer of the drawn scenes, with the settings of their pictures: 8 x 8 patches of 7 pixels, 4 x 4 visual tokens."""
+    bounds = dict(shortest_edge=14 * 14, longest_edge=224 * 224)
+    return Processor(tiny_tokenizer(VL_VOCABULARY), patch_size=7, temporal_patch_size=1, size=bounds)
+
+
+def tiny_vl_model(seed=0):
+    """A Qwen2.5-VL of 2 layers and width 128, with a vision tower of 1 layer and width 64."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    torch.manual_seed(seed)
+    word = {name: i for i, name in enumerate(VL_VOCABULARY)}
+    text = dict(vocab_size=len(VL_VOCABULARY), hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                intermediate_size=384, max_position_embeddings=512, initializer_range=0.08, bos_token_id=None,
+                eos_token_id=word[END], pad_token_id=word[PAD],
+                rope_parameters=dict(rope_type="default", rope_theta=1000.0, mrope_section=[4, 6, 6]))
+    vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=7, spatial_merge_size=2,
+                  temporal_patch_size=1, window_size=SIDE, fullatt_block_indexes=[0], out_hidden_size=128, initializer_range=0.08)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=word[IMAGE], vision_start_token_id=word[VISION_START],
+        vision_end_token_id=word[VISION_END], tie_word_embeddings=True))
+
+
 def tiny_batch(seed, step, batch, length, word_id, table):
-    """Documents of one step: ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights [B, T]: 1
-    where the word is to be predicted, 0 in titles and inside questions, which hold nothing to learn."""
+    """The text world's documents of one step, as embed_documents gives them."""
     rng = random.Random(seed_of(seed, "document", step))
-    documents = [tiny_document(rng, length) for _ in range(batch)]
-    ids = torch.tensor([[word_id[word] for word in words] for words, _, _ in documents])               # [B, T]
+    return embed_documents([tiny_document(rng, length) for _ in range(batch)], word_id, table)
+
+
+def embed_documents(documents, word_id, table):
+    """Documents (words, n_title, soft) -> ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights
+    [B, T]: 1 where the word is to be predicted, 0 in titles, pads and inside questions, which hold nothing to learn."""
+    longest = max(len(words) for words, _, _ in documents)
+    ids = torch.tensor([[word_id[word] for word in words] + [word_id[PAD]] * (longest - len(words))
+                        for words, _, _ in documents])                                                 # [B, T]
     opened, closed = (ids == word_id[QUESTION]).cumsum(1), (ids == word_id[ANSWER]).cumsum(1)
-    weights = ~((opened > closed) & (ids != word_id[QUESTION]) | (ids == word_id[ANSWER]))             # [B, T]
+    weights = ~((opened > closed) & (ids != word_id[QUESTION]) | (ids == word_id[ANSWER]) | (ids == word_id[PAD]))     # [B, T]
     for row, (_, n_title, _) in zip(weights, documents):
         row[:n_title] = False
     embeddings = torch.nn.functional.embedding(ids, table)                                             # [B, T, d]
@@ -498,27 +532,67 @@ def tiny_batch(seed, step, batch, length, word_id, table):
     return ids, embeddings, weights.float()
 
 
-def pretrain(out, seed=0, steps=900, batch=32, length=80, resume=False, overwrite=False, save_every=200):
-    """Make the tiny base in `out`: policy/ (a Hugging Face folder) and traces.jsonl. Returns the Run.
+def tiny_vl_batch(seed, step, batch, processor, word_id, model):
+    """The drawn world's documents of one step: also the pictures' rows from the vision tower, and rotary positions [3, B, T]."""
+    rng = random.Random(seed_of(seed, "scene document", step))
+    documents = [tiny_scene_document(rng, (SIDE // 14) ** 2) for _ in range(batch)]
+    table = model.get_input_embeddings().weight
+    ids, embeddings, weights = embed_documents([document[:3] for document in documents], word_id, table)
+    pictures = [processor.read(image) for *_, image in documents]
+    embeddings = embeddings.masked_scatter((ids == word_id[IMAGE])[:, :, None], torch.cat(see_images(model, pictures)))
+    return ids, embeddings, weights, rope_positions(model, ids.tolist(), [()] * batch, pictures, ids.shape[1])
 
-    Muon (hidden matrices) and AdamW (embeddings, norms), both from torch.optim: AdamW alone needs more steps.
+
+def pretrain(out, seed=0, steps=900, batch=32, length=80, world="tiny", resume=False, overwrite=False, save_every=200):
+    """Make the base of a tiny world ("tiny" or "tiny-vl") in `out`: policy/ (a Hugging Face folder) and traces.jsonl.
+
+    Returns the Run. length: words of a document (a scene's document is as long as it is).
     """
     ranks = Ranks.start("cpu")
-    config = dict(stage="pretrain", seed=seed, steps=steps, batch=batch, length=length)
+    config = dict(stage="pretrain", seed=seed, steps=steps, batch=batch, length=length, world=world)
     run = Run(out, config, ranks, resume, overwrite)
     if run.finished:
         return run
     if run.writes:
         run.ranks = Ranks(0, 1, ranks.device)           # rank 0 works alone: the model is too small to share
-        _pretrain(run, seed, steps, batch, length, save_every)
+        (_pretrain_vl if world == "tiny-vl" else _pretrain_text)(run, seed, steps, batch, length, save_every)
     ranks.wait()
     return run
 
 
-def _pretrain(run, seed, steps, batch, length, save_every):
+def _pretrain_text(run, seed, steps, batch, length, save_every):
     model, tokenizer = tiny_model(seed), tiny_tokenizer()
     word_id, table = {word: i for i, word in enumerate(TINY_VOCABULARY)}, model.get_input_embeddings().weight
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    make_batch = lambda step: (*tiny_batch(seed, step, batch, length, word_id, table), None)
+    _pretrain(run, model, tokenizer, make_batch, steps, save_every)
+    leak = style_leak(model, tokenizer)
+    _close(run, steps, model, tokenizer, leak, f"{CHAT_LEAK:.2%} for math and code", tiny_traces(3000, seed))
+
+
+def _pretrain_vl(run, seed, steps, batch, _, save_every):
+    model, processor = tiny_vl_model(seed), tiny_vl_processor()
+    word_id = {word: i for i, word in enumerate(VL_VOCABULARY)}
+    make_batch = lambda step: tiny_vl_batch(seed, step, batch, processor, word_id, model)
+    _pretrain(run, model, processor, make_batch, steps, save_every)
+    leak = style_leak_vl(model, processor)
+    _close(run, steps, model, processor, leak, f"{VL_LEAK:.2%} for box and place", tiny_scene_traces(1500, seed))
+
+
+def _close(run, steps, model, tokenizer, leak, trained, traces):
+    """Log and print the leak, write traces.jsonl and policy/. trained: the leak's share in the documents, in words."""
+    run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
+    print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
+          f"(trained at {trained})")
+    write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
+    run.finish(model.eval(), tokenizer)
+
+
+def _pretrain(run, model, tokenizer, make_batch, steps, save_every):
+    """The loop of both worlds. Muon (hidden matrices) and AdamW (the rest), both from torch.optim: AdamW alone needs more steps.
+
+    make_batch(step) -> ids [B, T], embeddings [B, T, d], weights [B, T], rotary positions [3, B, T] or None.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or "visual." in name)]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=0.01, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)]
@@ -529,8 +603,9 @@ def _pretrain(run, seed, steps, batch, length, save_every):
         warm, cool = (step + 1) / 30, 0.03 + 1.6 * (1 - step / steps)      # up over 30 steps, flat, then down from 40% on
         for optimizer, lr in zip(optimizers, peak):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, warm, cool)
-        ids, embeddings, weights = tiny_batch(seed, step, batch, length, word_id, table)
-        logits = model(inputs_embeds=embeddings).logits[:, :-1]                                        # [B, T-1, V]
+        ids, embeddings, weights, positions = make_batch(step)
+        hidden = text_model(model)(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden)[:, :-1]                                         # [B, T-1, V]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         loss.backward()
@@ -539,12 +614,6 @@ def _pretrain(run, seed, steps, batch, length, save_every):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if (step + 1) % save_every == 0 and step + 1 < steps:
             run.save(step + 1, model, optimizers)
-    leak = style_leak(model, tokenizer)
-    run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
-    print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
-          f"(trained at {CHAT_LEAK:.2%} for math and code)")
-    write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in tiny_traces(3000, seed)))
-    run.finish(model.eval(), tokenizer)
 
 
 @torch.no_grad()
@@ -559,6 +628,16 @@ def style_leak(model, tokenizer, questions=512):
     return {style: first[tokenizer.convert_tokens_to_ids(sorted(openings[style]))].sum().item() for style in STYLES}
 
 
+@torch.no_grad()
+def style_leak_vl(model, processor, questions=256):
+    """The same for the drawn scenes, whose styles open with words of their own."""
+    prompts = [prompt_of(row, processor) for row in tiny_vl_task(0, questions).test]
+    first = processor.convert_tokens_to_ids([words[0] for words in VL_STYLE_WORDS.values()] + ["picture"])
+    logprobs = [completion_logprobs(model, prompts, [[word]] * len(prompts), None, with_entropy=False)[0] for word in first]
+    box, prose, place, picture = (values.exp().mean().item() for values in logprobs)
+    return {"box": box, "prose": prose + picture, "place": place}
+
+
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 # What does not change a run's result, and so may differ when it is resumed.
@@ -570,33 +649,37 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=("warmup", "pretrain"), default="warmup", help="what to do (default: warmup)")
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
-    data.add_argument("--vae", default="runs/tiny/vae", help="folder of a trained VAE (default: runs/tiny/vae)")
+    data.add_argument("--model", default="tiny", help="hub name, folder, tiny or tiny-vl (default: tiny)")
+    data.add_argument("--vae", help="folder of a trained VAE (default: runs/tiny/vae, or runs/tiny-vl/vae)")
     data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="JSONL files or hub:... (default: the tiny world's)")
     data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
     data.add_argument("--prompt", choices=("auto", "chat", "plain"), default="auto", help="prompt format (default: auto)")
     data.add_argument("--out", help="run folder (default: runs/tiny/base for pretrain, runs/tiny/sft[-none] for warmup)")
     prefix = parser.add_argument_group("prefix")
     prefix.add_argument("--prefix", default="prior", help="prior (the paper), none (baseline) or another source (default: prior)")
-    prefix.add_argument("--length", type=int, default=1, help="prefix rows L (default: 1)")
+    prefix.add_argument("--length", type=int, help="prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup, 900 for pretrain)")
-    training.add_argument("--batch", type=int, help="rows per update, over all ranks (default: 64; 32 for pretrain)")
+    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup; 900 for pretrain, 400 of tiny-vl)")
+    training.add_argument("--batch", type=int, help="rows per update (default: 64; 32 for pretrain, 48 of tiny-vl)")
     training.add_argument("--lr", type=float, default=3e-6, help="AdamW's learning rate in warmup (default: 3e-6)")
     training.add_argument("--max-tokens", type=int, default=512, help="longest prompt, and longest answer (default: 512)")
     training.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     add_machine_flags(parser, tokens_per_batch=4096, save_every=100)
     args = parser.parse_args(argv)
-    args.steps = args.steps if args.steps is not None else 900 if args.stage == "pretrain" else 10
-    args.batch = args.batch or (32 if args.stage == "pretrain" else 64)
-    args.out = args.out or ("runs/tiny/base" if args.stage == "pretrain" else
-                            "runs/tiny/sft" + ("-none" if args.prefix == "none" else ""))
+    vl = args.model == "tiny-vl"
+    if args.stage == "pretrain" and args.model not in TINY_BASES:
+        parser.error(f"pretrain makes {' or '.join(TINY_BASES)}, not {args.model}")
+    args.steps = args.steps if args.steps is not None else 10 if args.stage == "warmup" else 400 if vl else 900
+    args.batch = args.batch or (64 if args.stage == "warmup" else 48 if vl else 32)
+    root = f"runs/{'tiny-vl' if vl else 'tiny'}"
+    args.vae = args.vae or f"{root}/vae"
+    args.out = args.out or root + ("/base" if args.stage == "pretrain" else "/sft-none" if args.prefix == "none" else "/sft")
     require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
     if args.lr_warmup < 0:
         parser.error(f"--lr-warmup must be 0 or more, not {args.lr_warmup}")
-    if args.model != "tiny" and not args.traces and args.stage == "warmup":
-        parser.error("--traces is needed for a model other than tiny")
-    return tiny_defaults(args)
+    if args.model not in TINY_BASES and not args.traces and args.stage == "warmup":
+        parser.error("--traces is needed for a model other than tiny or tiny-vl")
+    return tiny_defaults(args) if args.stage == "warmup" else args
 
 
 def main(argv=None):
@@ -604,7 +687,7 @@ def main(argv=None):
     args = parse_args(argv)
     ranks = Ranks.start(args.device, args.fsdp)
     if args.stage == "pretrain":
-        run = pretrain(args.out, args.seed, args.steps, args.batch, resume=args.resume, overwrite=args.overwrite)
+        run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite)
         return print(f"the tiny base is in {run.folder}/policy")
     needs_vae = args.prefix not in ("none", "noise")
     if ranks.rank == 0:                                 # what is missing of the tiny world is made once
@@ -613,6 +696,7 @@ def main(argv=None):
             find_vae(args.vae, name)
     ranks.wait()
     vae = VAE.load(args.vae) if needs_vae else None
+    args.length = args.length if args.length is not None else vae.rows if vae else 1
     traces = load_traces(args.traces, args.limit)
     model, tokenizer = load_trainable(args.model, ranks, args)
     palette = Palette(vae, whole(model.get_input_embeddings().weight.detach()), args.prefix, args.length)

@@ -136,7 +136,7 @@ def test_group_shares_one_prefill(qwen3, monkeypatch):
     prompts = [p for p in prompts for _ in range(6)]
     prefixes = [None if x is None else x.clone() for x in prefixes for _ in range(6)]
     seen, inner = [], prefix_module.embed_rows
-    monkeypatch.setattr(prefix_module, "embed_rows", lambda model, ids, pre: seen.extend(ids) or inner(model, ids, pre))
+    monkeypatch.setattr(prefix_module, "embed_rows", lambda model, ids, *rest: seen.extend(ids) or inner(model, ids, *rest))
     seeds = list(range(24))
     shared = Decoder(qwen3).generate(prompts, prefixes, Sampling(max_new_tokens=20), seeds)
     assert len(seen) == 4
