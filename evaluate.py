@@ -14,6 +14,7 @@ questions, the same policy and the same number of samples.
 
 Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out):
     python evaluate.py                                               # the tiny base model (made where it is missing)
+    python evaluate.py --model tiny-vl                               # its vision-language sister: Table 2, with boxes.png
     python evaluate.py --model runs/tiny/sft --analyse               # after the warm-up; where in latent space it is right
     python evaluate.py --model runs/tiny/sft --sweep length=1,2,4,8 beta=0.5,1,4 temperature=0.5,1 --out runs/tiny/sweep
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k math --questions 64 --samples 8
@@ -44,10 +45,11 @@ import torch
 from tqdm import tqdm
 
 import vae as vae_stage
-from prefix import Decoder, Palette, Sampling, end_ids, load_policy, texts_of
-from rewards import PROMPT_STYLES, STYLES, answers_equal, load_task, prompt_ids, stop_strings
+from prefix import Decoder, Palette, Sampling, end_ids, load_policy, prompt_of, texts_of
+from rewards import (PROMPT_STYLES, STYLES, STYLES_OF, TASKS, GroundingTask, answers_equal, load_task, parse_box,
+                     stop_strings)
 from sft import Ranks, seed_of
-from vae import VAE, find_model, find_vae, pca, require_positive, run_main, write_text
+from vae import VAE, find_model, find_vae, open_image, pca, require_positive, run_main, write_text
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
 
@@ -119,18 +121,19 @@ def prefix_seed(seed, question, number):
 def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, prompt_style="auto", progress=None):
     """`samples` judged answers to each of `rows`, each under a prefix of its own if a palette is given.
 
-    Seeds depend on the question's text and the sample's number alone, so neither the order of the questions nor a split over
-    ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, family where the row names
+    Seeds depend on the question's text (its id, if it has an image) and the sample's number alone, so neither the order of the
+    questions nor a split over ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, family where the row names
     one, domain where the latent comes from one, sample, completion, what `judged` keeps, finish, tokens.
     """
     jobs = [(number, row, s) for number, row in enumerate(rows) for s in range(samples)]
-    prompts = {row["question"]: prompt_ids(row["question"], tokenizer, task.instruction, prompt_style) for row in rows}
-    seeds = [prefix_seed(seed, row["question"], s) for _, row, s in jobs]
-    completions = decoder.generate([prompts[row["question"]] for _, row, _ in jobs], palette and palette.draw(seeds)[0], sampling,
-                                   [seed_of(seed, "token", row["question"], s) for _, row, s in jobs], progress)
+    prompts = [prompt_of(row, tokenizer, task.instruction, prompt_style) for row in rows]
+    names = [row.get("id", row["question"]) for row in rows]                # different pictures may have the same question
+    seeds = [prefix_seed(seed, names[number], s) for number, _, s in jobs]
+    completions = decoder.generate([prompts[number] for number, _, _ in jobs], palette and palette.draw(seeds)[0], sampling,
+                                   [seed_of(seed, "token", names[number], s) for number, _, s in jobs], progress)
     completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, prompt_style))
     domains = [palette and palette.domain_of(seed) for seed in seeds]
-    return [{"row": number, "question": row["question"], "gold": row["answer"],
+    return [{"row": number, "question": names[number], "gold": row["answer"],
              **({"family": row["family"]} if "family" in row else {}), **({"domain": domain} if domain else {}), "sample": s,
              "completion": text, **judged(task, text, row["answer"], completion.finish), "finish": completion.finish,
              "tokens": len(completion.ids)}
@@ -241,6 +244,8 @@ def score(samples, ks):
     more would be the same, so its pass@k is its pass@1.
     """
     questions, columns = {}, {}
+    found = {s["style"] for s in samples if "style" in s}
+    styles = next((names for names in STYLES_OF.values() if found & {*names}), STYLES)
     for sample in samples:
         questions.setdefault(sample["row"], []).append(sample)
     for _, group in sorted(questions.items()):
@@ -249,8 +254,8 @@ def score(samples, ks):
                "majority": majority(answers, group[0]["gold"]), "answers": len(answers), "samples": n,
                **{name: sum(s[name] for s in group) / n for name in ("answered", "undecided", "tokens")}}
         if "style" in group[0]:
-            row.update({f"style {style}": sum(s["style"] == style for s in group) / n for style in STYLES})
-            row.update({"follows": sum(s["style"] == s["domain"] for s in group) / n} if group[0].get("domain") in STYLES else {})
+            row.update({f"style {style}": sum(s["style"] == style for s in group) / n for style in styles})
+            row.update({"follows": sum(s["style"] == s["domain"] for s in group) / n} if group[0].get("domain") in styles else {})
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     return columns
@@ -311,8 +316,9 @@ def arms_table(figures, against, compare="pass@8"):
         columns[f"{compare} against {against} [95%]"] = lambda row: signed(row.get("difference", {}).get(compare))
     columns.update({"majority": value("majority", 3), "answers": value("answers", 1), "tokens": value("tokens", 1),
                     "no answer": lambda row: f"{1 - row['answered'][0]:.2f}", "undecided": value("undecided", 2)})
-    if "style math" in first:
-        columns[f"style {' / '.join(STYLES)}"] = lambda row: " / ".join(value(f"style {style}", 2)(row) for style in STYLES)
+    styles = [name[6:] for name in first if name.startswith("style ")]
+    if styles:
+        columns[f"style {' / '.join(styles)}"] = lambda row: " / ".join(value(f"style {style}", 2)(row) for style in styles)
     if any("follows" in row for row in figures.values()):
         columns["follows domain"] = value("follows", 2)
     return [["arm", *columns], *([arm, *(cell(row) for cell in columns.values())] for arm, row in figures.items())]
@@ -562,6 +568,27 @@ def running_mean(points, width=5):
     return {points[i][0]: sum(y for _, y in points[max(0, i - width + 1):i + 1]) / min(i + 1, width) for i in range(len(points))}
 
 
+def draw_boxes(task, results, path, count=8, side=168):
+    """boxes.png (as Fig. 5): the first scenes, one row of pictures for each arm of Table 2, with the gold box (green) and the
+    boxes of its samples (red). By Pillow alone. A sample without a box draws nothing: an arm of another format shows gold."""
+    from PIL import Image, ImageDraw
+    table_2 = ("greedy", "sampling", "latent", "latent + sampling")
+    rows, results = task.test[:count], {arm: results[arm] for arm in table_2 if arm in results} or results
+    sheet = Image.new("RGB", (110 + side * len(rows), side * len(results)), "white")
+    for i, (name, samples) in enumerate(results.items()):
+        ImageDraw.Draw(sheet).text((6, side * i + side // 2), name.replace(" + ", " +\n"), fill="black")
+        for j, row in enumerate(rows):
+            image = open_image(row["image"])
+            scale = [(side - 4) / x for x in ((1000, 1000) if task.name.endswith(":1000") else image.size)]
+            image, boxes = image.resize((side - 4, side - 4)), [s["completion"] for s in samples if s["row"] == j]
+            for colour, box in [*(("red", parse_box(text)) for text in boxes), ("lime", parse_box(row["answer"]))]:
+                if box:
+                    ImageDraw.Draw(image).rectangle([x * s for x, s in zip(box, scale * 2)], outline=colour, width=2)
+            sheet.paste(image, (110 + side * j, side * i))
+    sheet.save(path)
+    return path
+
+
 @picture
 def draw_curves(plt, folders):
     """Learning curves of RL runs (Fig. 6): reward of guided and unguided rollouts (running mean of 5 steps), and greedy accuracy
@@ -772,14 +799,14 @@ def parse_args(argv=None):
     """The flags; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="hub name, folder, run folder or tiny (default: tiny)")
-    data.add_argument("--vae", default="runs/tiny/vae", help="VAE folder, or none (default: runs/tiny/vae)")
-    data.add_argument("--task", nargs="+", default=["tiny"], help="tiny, gsm8k, math, or names for --test-data (default: tiny)")
+    data.add_argument("--model", default="tiny", help="hub name, folder, run folder, tiny or tiny-vl (default: tiny)")
+    data.add_argument("--vae", help="VAE folder, or none (default: runs/tiny/vae; runs/tiny-vl/vae for tiny-vl)")
+    data.add_argument("--task", nargs="+", help=f"{TASKS}, or names for --test-data (default: tiny; tiny-vl for that model)")
     data.add_argument("--test-data", nargs="+", metavar="[TASK=]SOURCE", help="JSONL of {question, answer} or "
                       "hub:DATASET:CONFIG:SPLIT; TASK= with several tasks (default: each task's own)")
     data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
     data.add_argument("--questions", type=int, default=64, help="test questions a task (default: 64)")
-    data.add_argument("--out", help="where the results go (default: runs/tiny/evaluation; runs/reproduce for --reproduce)")
+    data.add_argument("--out", help="where the results go (default: runs/MODEL/evaluation; runs/reproduce for --reproduce)")
     arms = parser.add_argument_group("arms")
     arms.add_argument("--arms", nargs="+", metavar="ARM", help="greedy, sampling, noise, gauss, shuffled, latent, "
                       "'noise + sampling', 'gauss + sampling', 'latent + sampling', a domain, or all (default: all)")
@@ -789,7 +816,7 @@ def parse_args(argv=None):
     arms.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
     arms.add_argument("--temperature", type=float, default=1.0, help="of the sampling arms (default: 1)")
     arms.add_argument("--top-p", type=float, default=1.0, help="of the sampling arms (default: 1, off)")
-    arms.add_argument("--max-new-tokens", type=int, help="longest answer (default: 34 for tiny, else 512)")
+    arms.add_argument("--max-new-tokens", type=int, help="longest answer (default: 34 for tiny, 14 for tiny-vl, else 512)")
     other = parser.add_argument_group("what to do instead, or in addition")
     other.add_argument("--rescore", action="store_true", help="judge the samples in --out again, without any model")
     other.add_argument("--analyse", action="store_true", help="also: which region of latent space answers which questions")
@@ -810,8 +837,10 @@ def parse_args(argv=None):
 
 def checked(parser, args):
     """Fill in what depends on other flags, and refuse what cannot work, before any work."""
-    args.max_new_tokens = args.max_new_tokens or (34 if args.task == ["tiny"] else 512)
-    args.out = args.out or ("runs/reproduce" if args.reproduce else "runs/tiny/evaluation")
+    world = "tiny-vl" if "tiny-vl" in (args.model, *(args.task or ())) else "tiny"
+    args.task, args.vae = args.task or [world], args.vae or f"runs/{world}/vae"
+    args.max_new_tokens = args.max_new_tokens or {"tiny": 34, "tiny-vl": 14}.get(" ".join(args.task), 512)
+    args.out = args.out or ("runs/reproduce" if args.reproduce else f"runs/{world}/evaluation")
     require_positive(parser, args, "questions", "samples", "slots", "max_new_tokens")
     args.arms = args.arms or (["sampling", "latent", "latent + sampling"] if args.sweep else ["all"])
     if args.analyse and args.arms != ["all"]:
@@ -852,6 +881,9 @@ def main(argv=None):
         return sweep(lab, tasks, args, note)
     results = run_arms(lab, tasks, args)
     figures = save_results(args, results, note())
+    for task in tasks:
+        if isinstance(task, GroundingTask):
+            print("picture", draw_boxes(task, results[task.name], Path(args.out) / "boxes.png"))
     if args.analyse:
         analyse(lab, tasks, args, results)
     return figures

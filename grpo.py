@@ -15,6 +15,7 @@ Reasoning Palette where that leaves things open:
 
 Run it (the first command builds all that is missing: base model, VAE, warm-up):
     python grpo.py                                          # the tiny world, three schedules, a table at the end
+    python grpo.py --model tiny-vl                          # the same for a vision-language model on drawn scenes
     python grpo.py --algorithm gspo --schedule two-phase 0:0,0.3:1,0.3:0       # a schedule of one's own, as tau:rho points
     python grpo.py --model Qwen/Qwen3-0.6B --task gsm8k --out runs/qwen --traces math=... code=... --schedule two-phase
     torchrun --nproc_per_node=4 grpo.py --model ...         # the same on four GPUs: each rolls out its own prompts
@@ -34,9 +35,9 @@ from tqdm import tqdm
 import evaluate
 import sft
 import vae as vae_stage
-from prefix import (SOURCES, Decoder, Palette, Sampling, completion_logprobs, end_ids, load_tokenizer, micro_batches, texts_of,
-                    whole)
-from rewards import PROMPT_STYLES, STYLES, load_task, overlong, prompt_ids, stop_strings
+from prefix import (SOURCES, Decoder, Palette, Sampling, completion_logprobs, end_ids, load_tokenizer, micro_batches, prompt_of,
+                    texts_of, whole)
+from rewards import PROMPT_STYLES, STYLES_OF, TASKS, load_task, overlong, stop_strings
 from sft import Ranks, Run, apply_gradients, autocast, load_trainable, make_optimizer, seed_of, set_learning_rate
 from vae import require_positive, run_main
 
@@ -198,7 +199,7 @@ def roll_out(decoder, tokenizer, task, palette, step, asked, args):
     latent_seeds = [seed_of(args.seed, "latent", step, p, g if args.latent_per == "rollout" else 0) for p, g, _ in jobs]
     prefixes, latents = palette.draw(latent_seeds)
     prefixes = [prefix if guided else None for prefix, (_, _, guided) in zip(prefixes, jobs)]
-    ids = {p: prompt_ids(row["question"], tokenizer, task.instruction, args.prompt) for p, row in asked.items()}
+    ids = {p: prompt_of(row, tokenizer, task.instruction, args.prompt) for p, row in asked.items()}
     completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, sampling_of(args),
                                    [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
     completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, args.prompt))
@@ -216,7 +217,7 @@ def roll_out(decoder, tokenizer, task, palette, step, asked, args):
 def check_prompts(task, tokenizer, args):
     """Raises ValueError for a question whose prompt is over --max-prompt: before the run, not when its turn comes."""
     for row in task.train + task.test[:args.eval_questions]:
-        length = len(prompt_ids(row["question"], tokenizer, task.instruction, args.prompt))
+        length = len(prompt_of(row, tokenizer, task.instruction, args.prompt))
         if length > args.max_prompt:
             raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the "
                              f"question {row['question'][:80]!r}")
@@ -361,10 +362,10 @@ def sample_row(rollout, step, source):
 def prepare(args, ranks):
     """Build what is missing below RL, each with the command a user would type. Returns {prefix kind: policy folder}."""
     root, base, given = Path(args.out), args.model, args.vae
-    if args.model == "tiny":
+    if args.model in DEFAULTS:
         base = str(root / "base")
-        stage(sft.main, ["pretrain", "--out", base, "--seed", str(args.base_seed), "--steps", str(args.base_steps), "--resume"],
-              "sft.py", ranks)
+        stage(sft.main, ["pretrain", "--model", args.model, "--out", base, "--seed", str(args.base_seed), "--steps",
+                         str(args.base_steps), "--resume"], "sft.py", ranks)
         args.traces = args.traces or [f"{base}/traces.jsonl"]
     common = ["--model", base, "--limit", str(args.limit), "--traces", *args.traces]
     args.vae = given or str(root / "vae")
@@ -397,6 +398,7 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
 REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
             tokens_per_batch=8192)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEFAULTS = {"tiny": {}, "tiny-vl": dict(task="tiny-vl", max_new_tokens=14, base_steps=600, out="runs/tiny-vl")}
 REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and roll_out give, by name
 # What does not change a run's result, and so may differ when it is resumed; the stages below RL have a config.json of their own.
 NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",
@@ -406,11 +408,11 @@ NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_que
 def add_model_flags(parser):
     """Flags on data, injection, reward and loss; their defaults are the tiny world's, REAL and ALGORITHMS have the others'."""
     data = parser.add_argument_group("model and data").add_argument
-    data("--model", default="tiny", help="hub name, folder or tiny (default: tiny)")
+    data("--model", default="tiny", help="hub name, folder, tiny or tiny-vl (default: tiny)")
     data("--vae", help="VAE folder (default: OUT/vae, trained if it is missing)")
     data("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="for VAE and warm-up (default: the tiny world's)")
     data("--limit", type=int, default=2000, help="traces kept per source of your own (default: 2000)")
-    data("--task", default="tiny", help="tiny, gsm8k, math, or a name for your own data (default: tiny)")
+    data("--task", default="tiny", help=f"{TASKS}, or a name for your own data (default: the tiny model's own)")
     data("--train-data", help="JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)")
     data("--test-data", help="the same for the evaluation on the way (default: the task's own)")
     data("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
@@ -477,10 +479,10 @@ def parse_args(argv=None):
     sft.add_machine_flags(parser, tokens_per_batch=1024, save_every=20)
     argv = sys.argv[1:] if argv is None else argv
     known = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0]
-    parser.set_defaults(**(REAL if known.model != "tiny" else {}), **dict(zip(PRESETS, ALGORITHMS[known.algorithm])))
+    parser.set_defaults(**DEFAULTS.get(known.model, REAL), **dict(zip(PRESETS, ALGORITHMS[known.algorithm])))
     args = parser.parse_args(argv)
     args.schedules, args.seeds = args.schedule, args.seed
-    if args.model == "tiny" and not args.traces:
+    if args.model in DEFAULTS and not args.traces:
         args.limit = 10**9
     require_positive(parser, args, "steps", "prompts", "epochs", "minibatches", "max_new_tokens", "max_prompt", "eval_every",
                      "eval_questions", "save_every", "slots", "tokens_per_batch", "arm_questions", "arm_samples", "sft_batch",
@@ -503,15 +505,15 @@ def check(args):
     require(args.group >= 2, f"--group must be at least 2, not {args.group}: the rollouts of one prompt are compared")
     require(args.temperature > 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
     require(args.tis == 0 or args.tis >= 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1")
-    require(args.model == "tiny" or args.traces, "--traces is needed to train the VAE and to warm up a model other than tiny")
+    require(args.model in DEFAULTS or args.traces, "--traces is needed to train the VAE and to warm up a model other than tiny")
     try:
         args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
     except ValueError:
         raise ValueError(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}") from None
     for name in args.reward:
         require(name in REWARDS, f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
-    domains = STYLES if args.model == "tiny" else [spec.partition("=")[0] for spec in args.traces if "=" in spec]
-    if args.model == "tiny" or len(domains) == len(args.traces):                # else rows or VAE name the domains
+    domains = STYLES_OF.get(args.model) or [spec.partition("=")[0] for spec in args.traces if "=" in spec]
+    if args.model in DEFAULTS or len(domains) == len(args.traces):                # else rows or VAE name the domains
         known = [*SOURCES, *domains]
         require(args.source in known, f"unknown --source '{args.source}': choose one of {', '.join(known)}")
         evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
@@ -529,7 +531,7 @@ def main(argv=None):
         raise ValueError(f"the task '{args.task}' needs training and test rows: give --train-data and --test-data")
     if args.prompts % (ranks.world * args.minibatches):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
-    if args.model != "tiny":
+    if args.model not in DEFAULTS:
         check_prompts(task, load_tokenizer(args.model), args)
     policies, folders = prepare(args, ranks), {}
     for args.schedule in args.schedules:

@@ -354,11 +354,16 @@ class GroundingTask(Task):
     """
 
     def judge(self, completion, gold, finish="stop"):
-        """As Task.judge; format: the last box is a list of numbers in square brackets. iou: as such, in [0, 1]."""
-        box = None if self.needs_stop and finish != "stop" else parse_box(completion)
-        iou = box_iou(completion, gold) if box else 0.0
+        """As Task.judge; format: the completion holds a list of four numbers in square brackets. iou: as such, in [0, 1]."""
+        box = self.extract(completion, finish)
+        iou = box_iou(box, gold) if box else 0.0
         return {"accuracy": float(iou >= 0.5), "answered": float(box is not None),
                 "format": float(box is not None and LISTED_BOX.search(completion) is not None), "undecided": 0.0, "iou": iou}
+
+    def extract(self, completion, finish="stop"):
+        """The last box in a completion as text, "(x0, y0, x1, y1)", or None."""
+        box = None if self.needs_stop and finish != "stop" else parse_box(completion)
+        return None if box is None else str(box)
 
 
 def tiny_task(n_train=4096, n_test=512, seed=0):

@@ -37,6 +37,8 @@ def claims(figures):
         "every domain steers >= 90%": lambda f: min(f["control"].values()) >= 0.9,
         "pass@32: latent > noise": lambda f: k(f, "latent") > k(f, "noise"),
         "against us: gauss within 0.05 of latent on pass@32, or above": lambda f: k(f, "gauss") > k(f, "latent") - 0.05,
+        "against us: gauss + sampling within 0.05 of latent + sampling, or above": lambda f:
+            k(f, "gauss + sampling") > k(f, "latent + sampling") - 0.05,
         "RL: two-phase > none": lambda f: f["rl"]["two-phase"]["mean"] > f["rl"]["none"]["mean"],
         "RL: linear > none": lambda f: f["rl"]["linear"]["mean"] > f["rl"]["none"]["mean"],
     }
@@ -54,7 +56,7 @@ def chance(scenes=2000):
 
 def page(figures, note):
     """What stands in the tutorial: the table, the count of every claim, and how it was measured."""
-    return world.page(figures, note, claims(figures))
+    return world.page(figures, note, claims(figures), (*world.ARMS, "gauss + sampling", "noise + sampling", "shuffled"))
 
 
 def write(figures, note, out):

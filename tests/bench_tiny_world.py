@@ -29,50 +29,52 @@ START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 
 
-def run_base(base, args):
-    """All stages and all RL runs of one base, each process on one thread. Returns the folder of its results."""
+def run_base(base, args, flags=()):
+    """All stages and all RL runs of one base, each process on one thread. flags: more of grpo.py's. Returns their folder."""
     out = Path(args.out) / f"base-{base}"
     common = ["grpo.py", "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
     if args.quick:
         common += ["--base-steps", "60", "--steps", "4", "--eval-questions", "16", "--arm-questions", "8", "--arm-samples", "8"]
+    common += flags
     (out / "logs").mkdir(parents=True, exist_ok=True)
     run_command("latents", common, out)
     run_command("noise", [*common, "--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"], out)
     return out
 
 
-def read(out):
-    """One base's figures from its result files."""
+def read(out, rare=("math", "code"), domains=STYLES):
+    """One base's figures from its result files. rare: the styles whose leak counts."""
     load = lambda name: json.loads((out / name).read_text())
     pretraining = [json.loads(line) for line in (out / "base" / "metrics.jsonl").read_text().splitlines()][-1]
     kept = ("pass@1", "pass@8", "pass@32")
-    arms = {name: {**{key: row[key] for key in kept if key in row}, "styles": {style: row[f"style {style}"][0] for style in STYLES}}
+    arms = {name: {**{key: row[key] for key in kept if key in row}, "styles": {style: row[f"style {style}"][0] for style in domains}}
             for name, row in load("evaluation/results.json")["arms"].items()}
-    return {"leak": {style: pretraining[f"leak_{style}"] for style in ("math", "code")}, "arms": arms,
-            "control": {domain: arms[domain]["styles"][domain] for domain in STYLES},
+    return {"leak": {style: pretraining[f"leak_{style}"] for style in rare}, "arms": arms,
+            "control": {domain: arms[domain]["styles"][domain] for domain in domains},
             "rl": load("grpo-prior.json"), "rl_noise": load("grpo-noise.json")}
 
 
-def table(figures):
+def table(figures, arms=ARMS):
     """Markdown: one column a base."""
     bases = list(figures)
     lines = ["| base seed | " + " | ".join(map(str, bases)) + " |", "|---|" + "---|" * len(bases)]
     add = lambda name, cell: lines.append(f"| {name} | " + " | ".join(cell(figures[base]) for base in bases) + " |")
-    add("leak of math / code without context", lambda f: " / ".join(f"{share:.3%}" for share in f["leak"].values()))
-    add("style follows domain, L = 8 (math / code / qa)", lambda f: " / ".join(f"{share:.2f}" for share in f["control"].values()))
-    for arm in ARMS:
-        ks = [name for name in figures[bases[0]]["arms"][arm] if name.startswith("pass@")]
+    first = figures[bases[0]]
+    add(f"leak of {' / '.join(first['leak'])} without context", lambda f: " / ".join(f"{share:.3%}" for share in f["leak"].values()))
+    add(f"style follows domain, L = 8 ({' / '.join(first['control'])})", lambda f: " / ".join(f"{share:.2f}" for share in f["control"].values()))
+    for arm in arms:
+        ks = [name for name in first["arms"][arm] if name.startswith("pass@")]
         add(f"{arm}: {' / '.join(ks)}", lambda f: " / ".join(f"{f['arms'][arm][k][0]:.2f}" for k in ks))
     for name, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
-        for schedule in figures[bases[0]][key]:
+        for schedule in first[key]:
             add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f} ± {f[key][schedule]['std']:.3f}")
     return "\n".join(lines)
 
 
-def page(figures, note):
+def page(figures, note, counts=None, arms=ARMS):
     """What stands in README.md: the table, the count of every claim, and how it was measured."""
-    counts = [f"- {name}: on {count} of {len(figures)} bases" for name, count in claims(figures).items()]
-    return "\n".join([table(figures), "", *counts, "", note])
+    counts = [f"- {name}: on {count} of {len(figures)} bases" for name, count in (counts or claims(figures)).items()]
+    return "\n".join([table(figures, arms), "", *counts, "", note])
 
 
 def write(figures, note, out):

@@ -345,7 +345,7 @@ def test_pretraining_warmup_rl_and_arms_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sft.tiny_scene_traces", lambda n, seed: tiny_scene_traces(30, seed))
     grpo.main(argv)
     figures = json.loads((tmp_path / "evaluation" / "results.json").read_text())["arms"]
-    assert {"greedy", "sampling", "noise", "gauss", "latent", "latent + sampling", "box", "prose", "place"} == set(figures)
+    assert {"greedy", "sampling", "noise", "gauss", "latent", "latent + sampling", "box", "prose", "place"} <= set(figures)
     assert Image.open(tmp_path / "evaluation" / "boxes.png").size[0] > 168
     before = (tmp_path / "grpo-two-phase-s0" / "metrics.jsonl").read_text()
     grpo.main([*argv, "--arms", "none"])
