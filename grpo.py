@@ -398,7 +398,7 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
 REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
             tokens_per_batch=8192)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEFAULTS = {"tiny": {}, "tiny-vl": dict(task="tiny-vl", max_new_tokens=14, base_steps=600, out="runs/tiny-vl")}
+DEFAULTS = {"tiny": {}, "tiny-vl": dict(task="tiny-vl", max_new_tokens=14, base_steps=400, out="runs/tiny-vl")}
 REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")         # what Task.judge and roll_out give, by name
 # What does not change a run's result, and so may differ when it is resumed; the stages below RL have a config.json of their own.
 NOT_RESULTS = (*sft.NOT_RESULTS, "schedules", "seeds", "slots", "arms", "arm_questions", "arm_samples", "base_seed", "base_steps",

@@ -11,7 +11,7 @@ Departs from the paper, which gives no learning rate or batch size: ours are fla
 
 Run it:
     python sft.py pretrain                                  # runs/tiny/base, a bit over a minute on two idle cores
-    python sft.py pretrain --model tiny-vl                  # runs/tiny-vl/base, about two minutes
+    python sft.py pretrain --model tiny-vl                  # runs/tiny-vl/base, about a minute and a half
     python sft.py                                           # warm up the tiny model under prefixes
     python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --traces math=traces_math.jsonl --out runs/qwen/sft
     torchrun --nproc_per_node=4 sft.py --model ...          # the same on four GPUs
@@ -659,7 +659,7 @@ def parse_args(argv=None):
     prefix.add_argument("--prefix", default="prior", help="prior (the paper), none (baseline) or another source (default: prior)")
     prefix.add_argument("--length", type=int, help="prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup; 900 for pretrain, 600 of tiny-vl)")
+    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup; 900 for pretrain, 400 of tiny-vl)")
     training.add_argument("--batch", type=int, help="rows per update (default: 64; 32 for pretrain, 48 of tiny-vl)")
     training.add_argument("--lr", type=float, default=3e-6, help="AdamW's learning rate in warmup (default: 3e-6)")
     training.add_argument("--max-tokens", type=int, default=512, help="longest prompt, and longest answer (default: 512)")
@@ -669,7 +669,7 @@ def parse_args(argv=None):
     vl = args.model == "tiny-vl"
     if args.stage == "pretrain" and args.model not in TINY_BASES:
         parser.error(f"pretrain makes {' or '.join(TINY_BASES)}, not {args.model}")
-    args.steps = args.steps if args.steps is not None else 10 if args.stage == "warmup" else 600 if vl else 900
+    args.steps = args.steps if args.steps is not None else 10 if args.stage == "warmup" else 400 if vl else 900
     args.batch = args.batch or (64 if args.stage == "warmup" else 48 if vl else 32)
     root = f"runs/{'tiny-vl' if vl else 'tiny'}"
     args.vae = args.vae or f"{root}/vae"

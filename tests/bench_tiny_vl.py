@@ -1,7 +1,7 @@
 """Does the tiny vision-language model show Table 2's order on most seeds? Every base seed, all shown, with controls.
 
 For each base seed it runs `python grpo.py --model tiny-vl --base-seed B` (pretraining on drawn scenes, VAE with the GPT decoder,
-warm-up, arms, RL under three schedules), then RL with noise prefixes as a control; it uses bench_tiny_world.py's functions.
+warm-up, arms, RL under three schedules); it uses bench_tiny_world.py's functions.
 
     python tests/bench_tiny_vl.py                  # 5 bases, two processes of one thread
     python tests/bench_tiny_vl.py --quick          # one base, hardly trained: checks the script, not the claims
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import bench_tiny_world as world
 
+ARMS = (*world.ARMS, "gauss + sampling")
 START, END = "<!-- tests/bench_tiny_vl.py --write -->", "<!-- end -->"
 
 
@@ -56,7 +57,7 @@ def chance(scenes=2000):
 
 def page(figures, note):
     """What stands in the tutorial: the table, the count of every claim, and how it was measured."""
-    return world.page(figures, note, claims(figures), (*world.ARMS, "gauss + sampling", "noise + sampling", "shuffled"))
+    return world.page(figures, note, claims(figures), ARMS)
 
 
 def write(figures, note, out):
@@ -80,9 +81,10 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.bases, args.seeds, args.out = [0], [0], args.out + "-quick"
-    began, flags = time.time(), ["--model", "tiny-vl", *(["--base-steps", "8"] if args.quick else [])]
+    began = time.time()
+    flags = ["--model", "tiny-vl", *(["--base-steps", "8"] if args.quick else []), "--arms", *ARMS, "box", "prose", "place"]
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = dict(zip(args.bases, pool.map(lambda base: world.run_base(base, args, flags), args.bases)))
+        folders = dict(zip(args.bases, pool.map(lambda base: world.run_base(base, args, flags, noise=False), args.bases)))
     figures = {str(base): read(out) for base, out in folders.items()}
     minutes = (time.time() - began) / 60
     note = (f"The box of a random object would be right in {chance():.2f} of scenes. {len(args.bases)} bases x {len(args.seeds)} "

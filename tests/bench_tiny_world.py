@@ -29,7 +29,7 @@ START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 
 
-def run_base(base, args, flags=()):
+def run_base(base, args, flags=(), noise=True):
     """All stages and all RL runs of one base, each process on one thread. flags: more of grpo.py's. Returns their folder."""
     out = Path(args.out) / f"base-{base}"
     common = ["grpo.py", "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
@@ -38,7 +38,8 @@ def run_base(base, args, flags=()):
     common += flags
     (out / "logs").mkdir(parents=True, exist_ok=True)
     run_command("latents", common, out)
-    run_command("noise", [*common, "--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"], out)
+    if noise:
+        run_command("noise", [*common, "--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"], out)
     return out
 
 
@@ -51,7 +52,7 @@ def read(out, rare=("math", "code"), domains=STYLES):
             for name, row in load("evaluation/results.json")["arms"].items()}
     return {"leak": {style: pretraining[f"leak_{style}"] for style in rare}, "arms": arms,
             "control": {domain: arms[domain]["styles"][domain] for domain in domains},
-            "rl": load("grpo-prior.json"), "rl_noise": load("grpo-noise.json")}
+            "rl": load("grpo-prior.json"), **({"rl_noise": load("grpo-noise.json")} if (out / "grpo-noise.json").is_file() else {})}
 
 
 def table(figures, arms=ARMS):
@@ -66,7 +67,7 @@ def table(figures, arms=ARMS):
         ks = [name for name in first["arms"][arm] if name.startswith("pass@")]
         add(f"{arm}: {' / '.join(ks)}", lambda f: " / ".join(f"{f['arms'][arm][k][0]:.2f}" for k in ks))
     for name, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
-        for schedule in first[key]:
+        for schedule in first.get(key, ()):
             add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f} ± {f[key][schedule]['std']:.3f}")
     return "\n".join(lines)
 
