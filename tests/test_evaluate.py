@@ -206,7 +206,7 @@ def test_a_stored_sample_rebuilds_its_latent(evaluation, vae, model, tokenizer):
     rows, latents = Palette(vae, table, "math", 8).draw([prefix_seed(0, sample["question"], sample["sample"])])
     assert torch.equal(vae.decode(latents[0]).expand(8, -1), rows[0])
     task = tiny_task()
-    ids = evaluate.prompt_ids(sample["question"], tokenizer, task.instruction)
+    ids = evaluate.prompt_of(sample, tokenizer, task.instruction)
     again = Decoder(model).generate([ids], rows, Sampling(0.0, max_new_tokens=6))[0]
     assert tokenizer.decode(again.ids, skip_special_tokens=True) == sample["completion"]
 
