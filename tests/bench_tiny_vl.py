@@ -57,7 +57,7 @@ def chance(scenes=2000):
 
 def page(figures, note):
     """What stands in the tutorial: the table, the count of every claim, and how it was measured."""
-    return world.page(figures, note, claims(figures), ARMS)
+    return world.page(figures, note, claims(figures), (*ARMS, "box"))
 
 
 def write(figures, note, out):

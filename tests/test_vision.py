@@ -320,6 +320,13 @@ def test_prefixes_of_the_gpt_decoder(vl):
     assert len(set(vae.scale.view(8, 128)[:, 0].tolist())) == 8
 
 
+def test_the_table_of_the_tutorial_is_the_measured_one():
+    import bench_tiny_vl as bench
+    measured = json.loads((bench.world.ROOT / "tests" / "tiny_vl.json").read_text())
+    tutorial = (bench.world.ROOT / "tutorials" / "09_grounding_with_a_palette.md").read_text()
+    assert bench.page(measured["figures"], measured["note"]) == tutorial.split(bench.START)[1].split(bench.END)[0].strip()
+
+
 # ---- the whole path -----------------------------------------------------------------------------------------------------
 
 def test_a_policy_folder_is_standard_and_reads_images(vl):
