@@ -122,8 +122,9 @@ def answer(decoder, tokenizer, task, rows, palette, sampling, samples, seed, pro
     """`samples` judged answers to each of `rows`, each under a prefix of its own if a palette is given.
 
     Seeds depend on the question's text (its id, if it has an image) and the sample's number alone, so neither the order of the
-    questions nor a split over ranks changes an answer. Returns one dict a sample: row (its question's number), question, gold, family where the row names
-    one, domain where the latent comes from one, sample, completion, what `judged` keeps, finish, tokens.
+    questions nor a split over ranks changes an answer. Returns one dict a sample: row (its question's number), question (or id),
+    gold, family where the row names one, domain where the latent comes from one, sample, completion, what `judged` keeps, finish,
+    tokens.
     """
     jobs = [(number, row, s) for number, row in enumerate(rows) for s in range(samples)]
     prompts = [prompt_of(row, tokenizer, task.instruction, prompt_style) for row in rows]
