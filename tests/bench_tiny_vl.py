@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -81,14 +80,14 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.bases, args.seeds, args.out = [0], [0], args.out + "-quick"
-    began = time.time()
     flags = ["--model", "tiny-vl", *(["--base-steps", "8"] if args.quick else []), "--arms", *ARMS, "box", "prose", "place"]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = dict(zip(args.bases, pool.map(lambda base: world.run_base(base, args, flags, noise=False), args.bases)))
     figures = {str(base): read(out) for base, out in folders.items()}
-    minutes = (time.time() - began) / 60
+    minutes = [json.loads((out / "logs" / "latents.json").read_text())["minutes"] for out in folders.values()]
     note = (f"The box of a random object would be right in {chance():.2f} of scenes. {len(args.bases)} bases x {len(args.seeds)} "
-            f"RL seeds; {os.cpu_count()} CPU cores, {args.jobs} processes of one thread, {minutes:.0f} minutes; {date.today()}.")
+            f"RL seed, {min(minutes):.0f} to {max(minutes):.0f} minutes each on one thread of {os.cpu_count()} CPU cores; "
+            f"{date.today()}.")
     print(page(figures, note))
     if args.write:
         write(figures, note, Path(args.out))
