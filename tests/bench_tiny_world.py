@@ -68,7 +68,8 @@ def table(figures, arms=ARMS):
         add(f"{arm}: {' / '.join(ks)}", lambda f: " / ".join(f"{f['arms'][arm][k][0]:.2f}" for k in ks))
     for name, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
         for schedule in first.get(key, ()):
-            add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f} ± {f[key][schedule]['std']:.3f}")
+            add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f}" + (
+                f" ± {f[key][schedule]['std']:.3f}" if len(f[key][schedule]["end"]) > 1 else ""))
     return "\n".join(lines)
 
 
