@@ -731,7 +731,7 @@ def main(argv=None):
     row["question"] = args.prompt or row["question"]
     args.vae = args.vae or f"runs/{'tiny-vl' if args.model == 'tiny-vl' else 'tiny'}/vae"
     args.model = find_model(args.model)
-    vae = find_vae(args.vae, args.model)
+    vae = None if args.source and set(args.source) <= {"none", "noise"} else find_vae(args.vae, args.model)
     model, tokenizer = load_policy(args.model, args.device)
     table, decoder = model.get_input_embeddings().weight.detach(), Decoder(model, end_ids(model, tokenizer))
     ids = prompt_of(row, tokenizer)
