@@ -249,11 +249,29 @@ def set_weights(rollouts, args, ranks):
         r.weight = 1.0 / per[args.mean_over](len(r.completion_ids))
 
 
+def inputs_of(rows, args):
+    """What completion_logprobs needs to score rollouts as they were sampled."""
+    return [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows], sampling_of(args)
+
+
+@torch.no_grad()
+def remember_old(model, rollouts, args, ranks):
+    """--tis: fill in pi_old by training's forward. Only where the first of several minibatches would move pi before the
+    others have met it: their ratio would start at 1 whatever has changed, and the clip would never bind."""
+    live = [r for r in rollouts if r.advantage or args.kl]
+    for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
+        rows = [live[i] for i in group]
+        with autocast(ranks.device, args.precision):
+            logprobs, _ = completion_logprobs(model, *inputs_of(rows, args), with_entropy=False)
+        for r, own in zip(rows, logprobs.split([len(r.completion_ids) for r in rows])):
+            r.old = own.tolist()
+
+
 def update(model, optimizer, reference, rollouts, args, ranks):
     """One gradient step on this rank's rollouts. Returns its loss, the gradient norm, and the sums [2, 6] of TOKEN_METRICS.
 
     Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them. With --tis, pi_old is
-    the policy by training's own forward when a rollout is first trained on, which needs no pass of its own either.
+    the policy by training's own forward, which the first update makes anyway (before several minibatches: remember_old).
     """
     set_weights(rollouts, args, ranks)
     live = [r for r in rollouts if r.weight and (r.advantage or reference is not None)]
@@ -261,7 +279,7 @@ def update(model, optimizer, reference, rollouts, args, ranks):
     tensor = partial(torch.tensor, device=ranks.device)
     for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
         rows = [live[i] for i in group]
-        batch = [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows], sampling_of(args)
+        batch = inputs_of(rows, args)
         with autocast(ranks.device, args.precision):
             logprobs, entropy = completion_logprobs(model, *batch)                                      # [N], [N]
             with torch.no_grad():
@@ -307,6 +325,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         rolled = time.time()
         decoder.refresh()                                   # its packed weights are not held over the update
         share = args.prompts // args.minibatches // ranks.world * args.group
+        if args.tis and args.minibatches > 1:
+            remember_old(model, rollouts, args, ranks)
         updates = [update(model, optimizer, reference, rollouts[start:start + share], args, ranks)
                    for _ in range(args.epochs) for start in range(0, len(rollouts), share)]
         row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
@@ -501,7 +521,7 @@ def check(args):
             raise ValueError(why)
 
     for name in ("length", "resample", "lr", "sft_lr", "kl", "clip_low", "clip_high", "tis", "lr_warmup"):
-        require(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+        require(0 <= getattr(args, name) < math.inf, f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     require(args.group >= 2, f"--group must be at least 2, not {args.group}: the rollouts of one prompt are compared")
     require(args.temperature > 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing")
     require(args.tis == 0 or args.tis >= 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1")
@@ -510,8 +530,11 @@ def check(args):
         args.reward = {name: float(weight) for name, _, weight in (item.partition("=") for item in args.reward)}
     except ValueError:
         raise ValueError(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(args.reward)}") from None
-    for name in args.reward:
+    for name, weight in args.reward.items():
         require(name in REWARDS, f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
+        require(math.isfinite(weight), f"--reward {name}={weight} is not a number to weigh by")
+    for flag, values in (("schedule", args.schedules), ("seed", args.seeds)):
+        require(len(set(values)) == len(values), f"--{flag} names {' '.join(map(str, values))}: a run counts once, drop the double")
     domains = STYLES_OF.get(args.model) or [spec.partition("=")[0] for spec in args.traces if "=" in spec]
     if args.model in DEFAULTS or len(domains) == len(args.traces):                # else rows or VAE name the domains
         known = [*SOURCES, *domains]

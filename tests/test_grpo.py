@@ -518,6 +518,20 @@ def test_every_step_samples_anew(model, tokenizer, vae, task):
 
 # ---- the loop -----------------------------------------------------------------------------------------------------------
 
+def test_pi_old_is_the_policy_of_the_rollouts_for_every_minibatch(tmp_path, policy_folder, vae, task, monkeypatch):
+    """With --tis it comes from training's forward: also for those that are trained on after pi has moved."""
+    gaps, original = [], grpo.update
+
+    def watch(*a):
+        found = original(*a)
+        gaps.append(max(abs(x - y) for r in a[3] if r.old for x, y in zip(r.old, r.logprobs)))
+        return found
+
+    monkeypatch.setattr(grpo, "update", watch)
+    _, metrics = run_training(tmp_path / "r", policy_folder, vae, task, arguments(steps=1, prompts=8, minibatches=4, tis=2.0, lr=1e-2))
+    assert len(gaps) == 4 and max(gaps) < 1e-4 and metrics[1]["clip_share"] > 0
+
+
 def run_training(folder, policy_folder, vae, task, args, resume=False):
     model, tokenizer = load_policy(str(policy_folder))
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
@@ -642,7 +656,9 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
     (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
     (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between"),
     (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--resample", "-1"], "--resample must be 0 or more"),
-    (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
+    (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--kl", "inf"], "--kl must be 0 or more"),
+    (["--reward", "accuracy=nan"], "accuracy=nan is not a number"), (["--seed", "1", "2", "1"], "--seed names 1 2 1"),
+    (["--schedule", "none", "none"], "--schedule names none none"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
