@@ -159,7 +159,7 @@ def make_optimizer(model, lr, weight_decay=0.0):
 
 def set_learning_rate(optimizer, args, step):
     """--lr x a factor that is a pure function of the step, so a resumed run has nothing to restore: it rises over
-    --lr-warmup steps, then stays, or falls to 0 at the last step along a line or half a cosine. Returns the rate."""
+    --lr-warmup steps, then stays, or falls along a line or half a cosine that reaches 0 after the last step. Returns it."""
     rise, tau = (step + 1) / (args.lr_warmup + 1), step / args.steps
     fall = {"constant": 1.0, "linear": 1 - tau, "cosine": (1 + math.cos(math.pi * tau)) / 2}[args.lr_schedule]
     optimizer.param_groups[0]["lr"] = args.lr * min(1.0, rise) * fall
@@ -209,9 +209,9 @@ class Run:
         self.finished, self.best = False, {"step": 0, "score": -math.inf}
         known, config = self.folder / "config.json", json.loads(json.dumps(config))
         if overwrite and self.writes and known.is_file():
-            for path in (known, self.folder / "policy", self.folder / "best", *self.folder.glob("*.jsonl")):    # ours alone
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             self.tidy()
+            for path in (self.folder / "policy", self.folder / "best", *self.folder.glob("*.jsonl"), known):    # ours alone
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)      # known last: a kill in between shows
         ranks.wait()                                    # every rank sees the folder as rank 0 left it
         if known.is_file():
             before = json.loads(known.read_text())
@@ -266,6 +266,7 @@ class Run:
         """Load the newest checkpoint that all ranks can read, of any number of ranks. Returns {"step": ...}, step 0 if none.
 
         Metrics and samples are cut back to that step, and best/ to what it was: what came after is about to happen again.
+        Raises ValueError, and touches nothing, if there are checkpoints but none can be read.
         """
         state = {"step": 0}
         for folder in reversed(self.checkpoints()):
@@ -278,6 +279,9 @@ class Run:
                 load_tensors(tensors, model, optimizers)
                 state = found
                 break
+        if self.checkpoints() and not state["step"]:
+            raise ValueError(f"no checkpoint in {self.folder} can be read ({problem or 'another rank cannot'}): were they saved by "
+                             "another version? --overwrite starts the run again, another --out keeps what is there")
         if self.writes:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 if path.is_file():                          # a torn last line has no end of line
@@ -285,6 +289,9 @@ class Run:
                     write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
             for folder in [*self.former_bests(), self.folder / "best"]:
                 if folder.exists() and step_of(folder) > state["step"]:
+                    shutil.rmtree(folder)
+            for folder in self.checkpoints():               # unreadable ones would be taken for the newest
+                if folder.name > f"checkpoint-{state['step']:06d}":
                     shutil.rmtree(folder)
             if self.former_bests() and not (self.folder / "best").exists():
                 os.rename(self.former_bests()[-1], self.folder / "best")

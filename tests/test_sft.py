@@ -164,6 +164,27 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, poli
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+def test_a_run_without_a_readable_checkpoint_is_refused_and_keeps_what_it_has(tmp_path, model):
+    """As one that another version of this file has left: going back to step 0 would drop its metrics."""
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.log("metrics", {"step": 1})
+    run.save(1, model, [])
+    (tmp_path / "r" / "checkpoint-000001" / "state.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \('sizes'\).*--overwrite"):
+        run.restore(model, [])
+    assert (tmp_path / "r" / "metrics.jsonl").read_text() and len(run.checkpoints()) == 1
+
+
+def test_an_unreadable_checkpoint_is_not_kept_in_place_of_the_next_one(tmp_path, model):
+    run = Run(tmp_path / "r", {}, ALONE)
+    for step in (2, 4):
+        run.save(step, model, [])
+    (tmp_path / "r" / "checkpoint-000004" / "state.json").write_text("torn")
+    run.restore(model, [])
+    run.save(3, model, [])                                  # --save-every may be another now
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
+
+
 def test_a_checkpoint_with_a_missing_or_short_file_is_refused(tmp_path, model):
     """Each rank writes a file: with one of them gone, its rows would be read as zeros."""
     run = Run(tmp_path / "r", {}, ALONE)
@@ -197,7 +218,8 @@ def test_the_best_policy_is_kept_and_is_what_it_was_at_the_step_that_a_run_resum
         assert best_steps(tmp_path / "r")["best"] == best == again.best["step"] and again.best["score"] == score
         loaded, _ = sft.load_policy(str(tmp_path / "r" / "best"))
         assert loaded.model.norm.weight.unique().tolist() == [best]
-        (tmp_path / "r" / "checkpoint-000006" / "tensors.safetensors").write_bytes(b"torn")
+        if newest == 6:
+            (tmp_path / "r" / "checkpoint-000006" / "tensors.safetensors").write_bytes(b"torn")
     again.keep_best(5, 0.5, model, tokenizer)
     assert again.best["step"] == 2
     again.finish(model, tokenizer)
@@ -250,6 +272,15 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, model, to
     (tmp_path / "r" / "mine.txt").write_text("precious")
     Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "mine.txt"]
+
+
+def test_a_kill_while_overwriting_leaves_no_checkpoint_to_a_run_of_other_settings(tmp_path, model, monkeypatch):
+    Run(tmp_path / "r", {"lr": 1.0}, ALONE).save(1, model, [])
+    monkeypatch.setattr(sft.shutil, "rmtree", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
+    with pytest.raises(ValueError, match="another lr"):
+        Run(tmp_path / "r", {"lr": 2.0}, ALONE, resume=True)
 
 
 def test_a_torn_last_line_is_dropped_on_resume(tmp_path, model, tokenizer):
