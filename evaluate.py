@@ -174,6 +174,8 @@ def read_samples(out):
     path, results = Path(out) / "samples.jsonl", {}
     for line in path.read_text().split("\n")[:-1] if path.is_file() else ():
         sample = json.loads(line)
+        if not {"benchmark", "arm", "row"} <= sample.keys():
+            raise ValueError(f"{path} was written by another version of evaluate.py: choose another --out")
         results.setdefault(sample.pop("benchmark"), {}).setdefault(sample.pop("arm"), []).append(sample)
     return results
 
@@ -283,6 +285,8 @@ def all_figures(results, ks, against="sampling"):
     """{benchmark: figures_of}, of each of its families too ("tiny/list"), and "average" where there are several benchmarks."""
     figures, scores = {}, {}
     for name, arms in results.items():
+        if not arms:
+            raise ValueError(f"no arm is complete on {name}: let the evaluation run on with --resume")
         scores[name] = {arm: score(samples, ks) for arm, samples in arms.items()}
         figures[name] = figures_of({arm: [columns] for arm, columns in scores[name].items()}, against)
         families = dict(sorted((s["row"], s.get("family")) for s in next(iter(arms.values())))).values()       # of each question
@@ -290,9 +294,9 @@ def all_figures(results, ks, against="sampling"):
             own = [this == family for this in families]
             figures[f"{name}/{family}"] = figures_of({arm: [{metric: [*itertools.compress(values, own)] for metric, values in
                                                              columns.items()}] for arm, columns in scores[name].items()}, against)
-    if len(results) > 1:
-        first = next(iter(scores.values()))
-        figures["average"] = figures_of({arm: [benchmark[arm] for benchmark in scores.values()] for arm in first}, against)
+    common = [arm for arm in next(iter(scores.values())) if all(arm in benchmark for benchmark in scores.values())]
+    if len(results) > 1 and common:
+        figures["average"] = figures_of({arm: [benchmark[arm] for benchmark in scores.values()] for arm in common}, against)
     return figures
 
 
@@ -335,15 +339,22 @@ def save_results(args, results, note):
     """Score the samples and write results.json, results.md and the pictures. Returns {benchmark: {arm: figures}}."""
     out, figures = Path(args.out), all_figures(results, powers(args.samples), args.against)
     shown = {name: rows for name, rows in figures.items() if name in results or name == "average"}
-    text, pictures = note, []
-    for name, rows in reversed(shown.items()):
-        text = ("" if len(shown) == 1 else f"{name}\n\n") + markdown(arms_table(rows, args.against)) + f"\n\n{text}"
-        pictures.insert(0, draw_pass_at_k(rows, out / ("pass_at_k.png" if len(shown) == 1 else f"pass_at_k-{name}.png")))
+    titles = ["" if len(shown) == 1 else f"{name}\n\n" for name in shown]
+    text = "".join(f"{title}{markdown(arms_table(rows, args.against))}\n\n" for title, rows in zip(titles, shown.values())) + note
     arms = figures.get("average", figures[next(iter(results))])
     write_text(out / "results.json", json.dumps({"note": note, "arms": arms, "benchmarks": figures}, indent=1))
     write_text(out / "results.md", text + "\n")
+    files = ["pass_at_k.png" if len(shown) == 1 else f"pass_at_k-{name.replace('/', '_')}.png" for name in shown]
+    pictures = [draw_pass_at_k(rows, out / file) for rows, file in zip(shown.values(), files)]
     print(f"\n{text}\nsaved {out}" + "".join(f", picture {path}" for path in pictures if path))
     return figures
+
+
+def whole_arms(arms, samples):
+    """{arm: samples} of a benchmark without the arm in which an evaluation was stopped: it lacks samples of some questions."""
+    counts = {arm: Counter(sample["row"] for sample in own) for arm, own in arms.items()}       # {arm: {row: how many}}
+    asked = set().union(*counts.values())
+    return {arm: arms[arm] for arm, count in counts.items() if count.keys() == asked and {*count.values()} in ({1}, {samples})}
 
 
 def rescore(args):
@@ -358,6 +369,7 @@ def rescore(args):
         for sample in (sample for samples in arms.values() for sample in samples):
             sample.update(judged(task, sample["completion"], sample["gold"], sample["finish"]))
     write_samples(out, results)
+    results = {name: whole_arms(arms, args.samples) for name, arms in results.items()}
     before = json.loads((out / "results.json").read_text())["note"] if (out / "results.json").is_file() else ""
     return save_results(args, results, before.split("; judged again")[0] + f"; judged again {date.today()}")
 
@@ -433,6 +445,17 @@ def vae_with(folder, out, **changed):
     return VAE.load(out)
 
 
+def halves(task, questions):
+    """For each family of the task's questions, or the whole: (name, rows to learn from, rows kept aside), every other one."""
+    rows, parts = task.test[:questions], []
+    for family in dict.fromkeys(row.get("family") for row in rows):
+        own = [number for number, row in enumerate(rows) if row.get("family") == family]
+        if len(own) < 2:
+            raise ValueError(f"--analyse needs at least two questions of {family or task.name}: raise --questions")
+        parts.append((f"{task.name}/{family}" if family else task.name, set(own[::2]), set(own[1::2])))
+    return parts
+
+
 def analyse(lab, tasks, args, results):
     """--analyse: which region of latent space answers which questions, and does sampling z there help on *other* questions?
 
@@ -444,11 +467,7 @@ def analyse(lab, tasks, args, results):
     prior = Palette(lab.vae, lab.table, "prior", args.length)
     for task in tasks:
         rows = task.test[:args.questions]
-        for family in dict.fromkeys(row.get("family") for row in rows):
-            own = [number for number, row in enumerate(rows) if row.get("family") == family]
-            seen, kept = set(own[::2]), set(own[1::2])
-            if not kept:
-                raise ValueError(f"--analyse needs at least two questions of {family or task.name}: raise --questions")
+        for name, seen, kept in halves(task, args.questions):
             pick = lambda arm, numbers: [s for s in results[task.name].get(arm, ()) if s["row"] in numbers]
             known = pick("latent", seen)
             z = torch.cat(prior.draw([prefix_seed(args.seed, s["question"], s["sample"]) for s in known])[1])      # [N, k]
@@ -463,9 +482,10 @@ def analyse(lab, tasks, args, results):
                     "right answers": ask(fitted, args.samples), "best latent, one sample": ask(best, 1)}
             scores = {arm: [score(samples, powers(args.samples))] for arm, samples in arms.items() if samples}
             head, *body = arms_table(figures_of(scores, "latent"), "latent", "pass@1")
-            name = f"{task.name}/{family}" if family else task.name
-            table = (table or [["questions kept aside", *head]]) + [[f"{name} ({len(kept)})", *row] for row in body]
+            table += [{"questions kept aside": f"{name} ({len(kept)})", **dict(zip(head, row))} for row in body]
             maps[name] = z, smooth
+    columns = dict.fromkeys(column for row in table for column in row)                  # of one task some, of another others
+    table = [[*columns], *([row.get(column, "") for column in columns] for row in table)]
     write_text(out / "analysis.json", json.dumps({"table": table}, indent=1))
     write_text(out / "analysis.md", markdown(table) + "\n")
     print(f"\n{markdown(table)}\npicture {draw_reward_map(lab.vae, maps, out / 'reward_map.png')}")
@@ -701,13 +721,13 @@ def reproduce(args):
     note = (f"tiny world, base seed {args.base_seed}, RL seeds {seeds}; {date.today()}; {os.cpu_count()} CPU cores, "
             f"one thread a process, {sum(minutes):.0f} process minutes in all; torch {torch.__version__}")
     sections = [{**section._asdict(), "command": "python " + shlex.join(commands[section.command]), "rows": rows}
-                for section, rows in zip(SECTIONS, reproduced_tables(out))]
+                for section, rows in zip(SECTIONS, reproduced_tables(out, args.seeds))]
     write_text(out / "results.json", json.dumps({"note": note, "sections": sections}, indent=1))
     write_text(out / "index.html", page(sections, note, out))
     print(f"\n{markdown(sections[0]['rows'])}\n\n{note}\nthe page: {out / 'index.html'}")
 
 
-def reproduced_tables(out):
+def reproduced_tables(out, seeds):
     """The table of every section, or None, from the folders that the commands filled; also draws Fig. 6."""
     load = lambda name: json.loads((out / name).read_text())
     beside = lambda rows, title, paper: [[row[0], paper.get(row[0], "") if i else title, *row[1:]] for i, row in enumerate(rows)]
@@ -720,7 +740,7 @@ def reproduced_tables(out):
     runs = {}
     for algorithm in ("grpo", "rloo"):
         kinds = ("none", "two-phase", "linear", "two-phase-noise", "linear-noise")
-        folders = {f"{algorithm} {kind}": sorted(out.glob(f"{algorithm}-{kind}-s*")) for kind in kinds}
+        folders = {f"{algorithm} {kind}": [out / f"{algorithm}-{kind}-s{seed}" for seed in seeds] for kind in kinds}
         runs.update({name: rl_figures(paths) for name, paths in folders.items()})
         draw_curves([path for paths in folders.values() for path in paths], out / f"{algorithm}.png")
     return [verdicts(out, runs), arms_table(token, "sampling", k), None,
@@ -848,6 +868,10 @@ def checked(parser, args):
         args.arms = list(dict.fromkeys([*args.arms, "latent"]))
     if args.analyse and (args.independent or args.vae == "none" or args.length == 0):
         parser.error("--analyse needs a VAE and one latent a sample: drop --independent, --vae none or --length 0")
+    if args.analyse and args.sweep:
+        parser.error("--analyse and --sweep are two jobs: drop one")
+    if len(set(args.task)) < len(args.task) or len(args.task) > 1 and "average" in args.task:
+        parser.error(f"--task names {' '.join(args.task)}: each benchmark once, and none of them average")
     given = [item.partition("=")[::2] if item.partition("=")[0] in args.task else (None, item) for item in args.test_data or ()]
     if len(dict(given)) < len(given) or None in dict(given) and len(args.task) > 1:
         parser.error("--test-data with several tasks takes TASK=SOURCE for each, e.g. gsm8k=gsm8k_test.jsonl")
@@ -858,6 +882,12 @@ def checked(parser, args):
                       for axis, _, values in (item.partition("=") for item in args.sweep or ())}
     except (KeyError, ValueError):
         parser.error(f"--sweep takes AXIS=VALUE,VALUE with AXIS one of {', '.join(axes)}, not {' '.join(args.sweep)}")
+    if "beta" in args.sweep and args.vae == "none":
+        parser.error("--sweep beta needs a VAE to vary: drop --vae none")
+    for axis, low, high in (("length", 0, 10**6), ("beta", 0, 10**6), ("temperature", 0, 10**6), ("top_p", 1e-6, 1)):
+        for value in (getattr(args, axis, low), *args.sweep.get(axis, ())):
+            if not low <= value <= high:
+                parser.error(f"{axis.replace('_', '-')} must be from {low} to {high}, not {value}")
     return args
 
 
@@ -880,6 +910,8 @@ def main(argv=None):
                     f"{date.today()}, {time.time() - began:.0f} s on {hardware(device)}")
     if args.sweep:
         return sweep(lab, tasks, args, note)
+    for task in tasks if args.analyse else ():
+        halves(task, args.questions)                        # an error in them comes before the arms
     results = run_arms(lab, tasks, args)
     figures = save_results(args, results, note())
     for task in tasks:

@@ -534,7 +534,7 @@ def check(args):
         require(name in REWARDS, f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
         require(math.isfinite(weight), f"--reward {name}={weight} is not a number to weigh by")
     for flag, values in (("schedule", args.schedules), ("seed", args.seeds)):
-        require(len(set(values)) == len(values), f"--{flag} names {' '.join(map(str, values))}: a run counts once, drop the double")
+        require(len(set(values)) == len(values), f"--{flag} names {' '.join(map(str, values))}: each run once")
     domains = STYLES_OF.get(args.model) or [spec.partition("=")[0] for spec in args.traces if "=" in spec]
     if args.model in DEFAULTS or len(domains) == len(args.traces):                # else rows or VAE name the domains
         known = [*SOURCES, *domains]
@@ -556,19 +556,24 @@ def main(argv=None):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
     if args.model not in DEFAULTS:
         check_prompts(task, load_tokenizer(args.model), args)
-    policies, folders = prepare(args, ranks), {}
+    plan = []                                               # (schedule, seed, folder, config): checked before any work
     for args.schedule in args.schedules:
         name = args.schedule if args.schedule in SCHEDULES else "rho" + args.schedule.replace(":", "=").replace(",", "_")
         name += "" if args.source == "prior" or args.schedule == "none" else f"-{args.source}"
         for args.seed in args.seeds:
             folder = Path(args.out) / f"{args.algorithm}-{name}-s{args.seed}"
             config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
-            run = Run(folder, config, ranks, args.resume, args.overwrite)
-            folders.setdefault(args.schedule, []).append(folder)
-            if not run.finished:
-                train_one(args, task, run, policies["none" if args.schedule == "none" else "prior"])
-            elif ranks.rank == 0:
-                print(f"using {folder}")
+            plan.append((args.schedule, args.seed, folder, config))
+            if (folder / "config.json").is_file() and not args.overwrite:
+                sft.is_finished(folder, config, args.resume)
+    policies, folders = prepare(args, ranks), {}
+    for args.schedule, args.seed, folder, config in plan:
+        run = Run(folder, config, ranks, args.resume, args.overwrite)
+        folders.setdefault(args.schedule, []).append(folder)
+        if not run.finished:
+            train_one(args, task, run, policies["none" if args.schedule == "none" else "prior"])
+        elif ranks.rank == 0:
+            print(f"using {folder}")
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
     if ranks.rank == 0:

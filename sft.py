@@ -201,27 +201,18 @@ class Run:
     policy/ and best/ are Hugging Face folders. Files and folders are filled under a temporary name that is changed when they
     are complete: a kill at any moment leaves the old or the new, never a part. Rank 0 alone writes, but for checkpoints of
     sharded models, of which each rank writes its share; all ranks must see the folder.
-    Raises ValueError if the folder holds a run with other settings, or an unfinished one and resume is not asked for.
+    Raises ValueError where is_finished does, unless overwrite is asked for.
     """
 
     def __init__(self, folder, config, ranks, resume=False, overwrite=False, keep=2):
         self.folder, self.ranks, self.keep, self.writes = Path(folder), ranks, keep, ranks.rank == 0
-        self.finished, self.best = False, {"step": 0, "score": -math.inf}
-        known, config = self.folder / "config.json", json.loads(json.dumps(config))
+        self.best, known = {"step": 0, "score": -math.inf}, self.folder / "config.json"
         if overwrite and self.writes and known.is_file():
             self.tidy()
             for path in (self.folder / "policy", self.folder / "best", *self.folder.glob("*.jsonl"), known):    # ours alone
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)      # known last: a kill in between shows
         ranks.wait()                                    # every rank sees the folder as rank 0 left it
-        if known.is_file():
-            before = json.loads(known.read_text())
-            changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
-            if changed:
-                raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
-                                 f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
-            self.finished = (self.folder / "policy" / "config.json").is_file()
-            if not self.finished and not resume:
-                raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
+        self.finished = known.is_file() and is_finished(self.folder, config, resume)
         ranks.wait()
         if self.writes and self.finished:
             self.tidy()                                 # a kill may have come between policy/ and this
@@ -280,8 +271,8 @@ class Run:
                 state = found
                 break
         if self.checkpoints() and not state["step"]:
-            raise ValueError(f"no checkpoint in {self.folder} can be read ({problem or 'another rank cannot'}): were they saved by "
-                             "another version? --overwrite starts the run again, another --out keeps what is there")
+            raise ValueError(f"no checkpoint in {self.folder} can be read here ({problem or 'another rank cannot'}), perhaps as "
+                             "another version saved them: --overwrite starts the run again, another --out keeps what is there")
         if self.writes:
             for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
                 if path.is_file():                          # a torn last line has no end of line
@@ -356,6 +347,21 @@ class Run:
         finally:
             if self.writes:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_finished(folder, config, resume):
+    """Whether the run in the folder, which has a config.json, is complete. Raises ValueError if that run has other settings, or is
+    unfinished and resume is not asked for."""
+    before, config = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))
+    changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
+    if changed:
+        raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
+                         f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
+    if not (folder / "policy" / "config.json").is_file():
+        if not resume:
+            raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
+        return False
+    return True
 
 
 def step_of(folder):

@@ -273,6 +273,10 @@ def test_a_vae_of_another_beta_keeps_the_other_settings(tmp_path, monkeypatch):
 @pytest.mark.parametrize("argv, sentence", [
     (["--sweep", "width=3"], "--sweep takes AXIS=VALUE,VALUE"), (["--sweep", "length=x"], "--sweep takes AXIS=VALUE,VALUE"),
     (["--analyse", "--independent"], "--analyse needs a VAE and one latent a sample"),
+    (["--sweep", "length=2,-1"], "length must be from 0 to 1000000, not -1"), (["--sweep", "top_p=1,1.5"], "top-p must be from 1e-06 to 1, not 1.5"),
+    (["--temperature", "nan"], "temperature must be from 0 to 1000000, not nan"), (["--sweep", "beta=1", "--vae", "none"], "--sweep beta needs a VAE"),
+    (["--sweep", "length=1", "--analyse"], "--analyse and --sweep are two jobs"), (["--task", "a", "a"], "each benchmark once"),
+    (["--task", "tiny", "average"], "none of them average"),
     (["--task", "a", "b", "--test-data", "x.jsonl"], "--test-data with several tasks takes TASK=SOURCE"),
     (["--task", "a", "--test-data", "x.jsonl", "y.jsonl"], "--test-data with several tasks takes TASK=SOURCE")])
 def test_flags_that_cannot_be_right(argv, sentence, capsys):
@@ -411,6 +415,37 @@ def test_a_failed_stage_of_the_reproduction_is_one_sentence_and_is_run_again(tmp
     for _ in range(2):
         with pytest.raises(ValueError, match=r"failed \(grpo.py: the disk is full\); see .*grpo.txt"):
             evaluate.main(["--reproduce", "--out", str(tmp_path)])
+
+
+def test_a_benchmark_may_have_any_name_and_the_analysis_is_one_table(evaluation, tmp_path):
+    argv, _, _ = evaluation
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"question": f"calc {i} + 1 ?", "answer": f"{i + 1}"}) + "\n" for i in range(2)))
+    evaluate.main([*argv, "--task", "tiny", "../up|", "--test-data", f"../up|={tmp_path}/x.jsonl", "--arms", "latent", "--analyse",
+                   "--out", str(tmp_path / "deep" / "out")])
+    assert (tmp_path / "deep" / "out" / "pass_at_k-.._up|.png").is_file() and len([*tmp_path.iterdir()]) == 2
+    head, *rows = json.loads((tmp_path / "deep" / "out" / "analysis.json").read_text())["table"]
+    assert "follows domain" not in head and head[-1].startswith("style") and all(len(row) == len(head) for row in rows)
+    assert {row[0]: bool(row[-1]) for row in rows} == {"tiny/arith (1)": True, "tiny/list (1)": True, "../up| (1)": False}
+    with pytest.raises(ValueError, match="--analyse needs at least two questions of arith"):
+        evaluate.main([*argv, "--questions", "1", "--analyse", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_rescoring_an_interrupted_evaluation_leaves_out_what_is_not_complete(evaluation, tmp_path):
+    _, out, figures = evaluation
+    (tmp_path / "config.json").write_bytes((out / "config.json").read_bytes())
+    arms, samples = read_samples(out)["tiny"], tmp_path / "samples.jsonl"
+    part = {"sampling": arms["sampling"], "noise": arms["noise"][:20], "latent": arms["latent"][:30]}
+    evaluate.write_samples(tmp_path, {"tiny": part, "b": {"sampling": arms["sampling"]}})
+    rescored = evaluate.rescore(evaluate.parse_args(["--rescore", "--out", str(tmp_path)]))
+    assert list(rescored["tiny"]) == ["sampling"] == list(rescored["average"]) and rescored["tiny"]["sampling"] == figures["tiny"]["sampling"]
+    assert read_samples(tmp_path)["tiny"] == part                           # all samples are kept
+    evaluate.write_samples(tmp_path, {"tiny": {"noise": arms["noise"][:7]}})
+    with pytest.raises(ValueError, match="no arm is complete on tiny"):
+        evaluate.main(["--rescore", "--out", str(tmp_path)])
+    samples.write_text('{"arm": "noise", "completion": "7"}\n')
+    with pytest.raises(ValueError, match="written by another version"):
+        evaluate.main(["--rescore", "--out", str(tmp_path)])
 
 
 def test_a_reference_arm_that_is_not_there(evaluation, tmp_path):

@@ -386,6 +386,7 @@ def test_groups_without_signal_are_replaced_a_bounded_number_of_times(model, tok
         assert replaced.prompt >= 4 or replaced.completion_ids == plain.completion_ids
     assert [r.prompt % 4 for r in often] == [p for p in range(4) for _ in range(4)] and max(r.prompt for r in often) < 4 * 7
     assert len({tuple(r.prompt_ids) for r in often}) == 4
+    assert grpo.summary(without, [NOTHING_TRAINED], arguments(), ALONE)["groups_resampled"] == 0
     row = grpo.summary(often, [NOTHING_TRAINED], arguments(), ALONE)
     assert row["groups_without_signal"] == 0 and row["groups_resampled"] == sum(r.prompt // 4 for r in often[::4]) > 0
     hopeless = SomePrompts("none", [{**row, "answer": "list"} for row in task.train], task.test)
@@ -563,6 +564,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, policy_folder, vae, task, di
     resumed, resumed_metrics = run_training(tmp_path / "torn", policy_folder, vae, task, args, resume=True)
     assert resumed_metrics == metrics and [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    best = [json.loads((tmp_path / name / "best" / "best.json").read_text()) for name in ("whole", "torn")]
+    assert best[0] == best[1] and best[0]["score"] == max(row.get("eval_accuracy", 0) for row in metrics[1:])
     assert (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
@@ -578,7 +581,8 @@ def test_the_loop_learns_a_rewarded_first_token(tmp_path, policy_folder, vae, ta
     assert metrics[1]["reward"] < 0.8 and metrics[-1]["reward"] > 0.95
     assert metrics[1]["log_ratio_start"] < 1e-5
     assert metrics[1]["reward_guided"] is not None and metrics[1]["rollouts_guided"] == 8 * 4
-    sample = json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])
+    sample, *others = map(json.loads, (tmp_path / "r" / "samples.jsonl").read_text().splitlines())
+    assert len(others) + 1 == 20 * 2 * 8                                    # each group's first and last
     assert sample["prefix"] == "prior" and len(sample["latent"][0]) == 8 and "completion" in sample
 
 
@@ -647,6 +651,14 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
     assert {name: start for name, start in started.items() if name.endswith("3")} == {
         "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3),
         "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
+
+
+def test_a_folder_with_another_run_is_refused_before_the_first_run_of_several(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "prepare", lambda *_: 1 / 0)
+    Run(tmp_path / "grpo-linear-s1", {"lr": 1.0}, ALONE)
+    with pytest.raises(ValueError, match="grpo-linear-s1 holds a run with another lr"):
+        grpo.main(["--schedule", "none", "linear", "--seed", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["grpo-linear-s1"]
 
 
 # ---- the command line ---------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_a_run_without_a_readable_checkpoint_is_refused_and_keeps_what_it_has(tm
     run.log("metrics", {"step": 1})
     run.save(1, model, [])
     (tmp_path / "r" / "checkpoint-000001" / "state.json").write_text('{"step": 1}')
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read \('sizes'\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read here \('sizes'\).*--overwrite"):
         run.restore(model, [])
     assert (tmp_path / "r" / "metrics.jsonl").read_text() and len(run.checkpoints()) == 1
 
