@@ -350,18 +350,17 @@ class Run:
 
 
 def is_finished(folder, config, resume):
-    """Whether the run in the folder, which has a config.json, is complete. Raises ValueError if that run has other settings, or is
+    """Whether the run in a folder that has a config.json is complete. Raises ValueError if its settings are others, or if it is
     unfinished and resume is not asked for."""
     before, config = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))
     changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
     if changed:
         raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
                          f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
-    if not (folder / "policy" / "config.json").is_file():
-        if not resume:
-            raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
-        return False
-    return True
+    finished = (folder / "policy" / "config.json").is_file()
+    if not finished and not resume:
+        raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")
+    return finished
 
 
 def step_of(folder):

@@ -569,6 +569,14 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, policy_folder, vae, task, di
     assert (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
+def test_the_loop_follows_the_learning_rate_schedule(tmp_path, policy_folder, vae, task, monkeypatch):
+    rates, original = [], grpo.apply_gradients
+    monkeypatch.setattr(grpo, "apply_gradients", lambda model, optimizers, *a: rates.append(optimizers[0].param_groups[0]["lr"]) or
+                        original(model, optimizers, *a))
+    run_training(tmp_path / "r", policy_folder, vae, task, arguments(steps=4, lr=1e-3, lr_schedule="linear", lr_warmup=1))
+    assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
 def test_the_loop_samples_in_the_precision_asked_for(tmp_path, policy_folder, vae, task):
     gaps = [run_training(tmp_path / name, policy_folder, vae, task, arguments(steps=1, rollout_precision=name))[1][1]["log_ratio_start"]
             for name in ("fp32", "bf16")]
