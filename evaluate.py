@@ -346,7 +346,7 @@ def save_results(args, results, note):
     write_text(out / "results.md", text + "\n")
     files = ["pass_at_k.png" if len(shown) == 1 else f"pass_at_k-{name.replace('/', '_')}.png" for name in shown]
     pictures = [draw_pass_at_k(rows, out / file) for rows, file in zip(shown.values(), files)]
-    print(f"\n{text}\nsaved {out}" + "".join(f", picture {path}" for path in pictures if path))
+    print(f"\n{text}\nsaved {out}{named(*pictures)}")
     return figures
 
 
@@ -432,7 +432,7 @@ def sweep(lab, tasks, args, note):
             rows += [[axis, f"{value:g}", *row] for row in body]
     write_text(out / "sweep.json", json.dumps({"note": note(), "points": points, "table": rows}, indent=1))
     write_text(out / "sweep.md", f"{markdown(rows)}\n\n{note()}\n")
-    print(f"\n{markdown(rows)}\n\n{note()}\nsaved {out}, picture {draw_sweep(points, out / 'sweep.png')}")
+    print(f"\n{markdown(rows)}\n\n{note()}\nsaved {out}{named(draw_sweep(points, out / 'sweep.png'))}")
 
 
 def vae_with(folder, out, **changed):
@@ -488,7 +488,7 @@ def analyse(lab, tasks, args, results):
     table = [[*columns], *([row.get(column, "") for column in columns] for row in table)]
     write_text(out / "analysis.json", json.dumps({"table": table}, indent=1))
     write_text(out / "analysis.md", markdown(table) + "\n")
-    print(f"\n{markdown(table)}\npicture {draw_reward_map(lab.vae, maps, out / 'reward_map.png')}")
+    print(f"\n{markdown(table)}\nsaved {out}{named(draw_reward_map(lab.vae, maps, out / 'reward_map.png'))}")
 
 
 def neighbourhood_mean(z, values, neighbours=32):
@@ -531,6 +531,11 @@ def picture(draw):
         pyplot.close(figure)
         return arguments[-1]
     return save
+
+
+def named(*paths):
+    """What a line on saved results says of its pictures, which are None where matplotlib is missing."""
+    return "".join(f", picture {path}" for path in paths if path)
 
 
 @picture
@@ -895,7 +900,7 @@ def main(argv=None):
     """Run the arms, save samples, figures, tables and pictures. Returns the figures of every benchmark by arm."""
     args = parse_args(argv)
     if args.curves:
-        return print("picture:", draw_curves(args.curves, Path(args.curves[0]).parent / "curves.png"))
+        return print(f"drawn{named(draw_curves(args.curves, Path(args.curves[0]).parent / 'curves.png'))}")
     if args.reproduce or args.rescore:
         return reproduce(args) if args.reproduce else rescore(args)
     tasks = [load_task(name, test=args.test_data.get(name), splits=("test",)) for name in args.task]

@@ -324,7 +324,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(stop_at, left, tmp_p
 def test_without_matplotlib_a_run_says_how_to_get_pictures_and_goes_on(tmp_path, monkeypatch, capsys):
     import sys
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert evaluate.draw_pass_at_k({}, tmp_path / "x.png") is None
+    assert evaluate.draw_pass_at_k({}, tmp_path / "x.png") is None and evaluate.named(None, "x.png") == ", picture x.png"
     assert 'pip install -e ".[plots]"' in capsys.readouterr().out
 
 
