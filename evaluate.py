@@ -656,7 +656,8 @@ CURVES = "Line: mean over seeds; band: lowest to highest. Paper: latent variants
 SECTIONS = (
     Section("Is the gain really from the latent?", "all", None,
             "What speaks for the paper's account in this miniature, and what against. Arms: differences on the same questions, "
-            "paired bootstrap 95% interval. RL: mean ± standard deviation over seeds."),
+            "paired bootstrap 95% interval, no difference shown where it holds 0. RL: mean ± standard deviation over seeds, no "
+            "difference shown where the means are closer than the root of the summed squares of the two."),
     Section("Figure 1: one noise token before the prompt", "noise-token", "noise-token/pass_at_k.png",
             "A Gaussian vector with the norm of a token embedding before the prompt of the base model, greedy. Paper "
             "(Qwen3-4B-Base, GSM8K): pass@32 rises from .529 to .853."),
@@ -754,6 +755,11 @@ def reproduced_tables(out, seeds):
             beside(rl_rows(runs), "paper: 1.7B / 4B / 8B", PAPER_RL), None, None, load("arms/analysis.json")["table"]]
 
 
+def verdict(low, high):
+    """What a difference whose interval goes from low to high says of the paper's account."""
+    return "for" if low > 0 else "against" if high < 0 else "no difference shown"
+
+
 def verdicts(out, runs):
     """The questions that the controls answer: rows of question, figures, and whether these speak for the paper's account."""
     scores = {}
@@ -776,14 +782,15 @@ def verdicts(out, runs):
         figures = figures_of({name: scores[folder][name] for name in (arm, other)}, other)
         difference = figures[arm]["difference"][f"pass@{k}"]                                       # mean, low, high
         rows.append([question, f"{arm} against {other}, pass@{k}: {signed(difference)}",
-                     "for" if difference[1] > 0 else "against"])
+                     verdict(*difference[1:])])
     for algorithm, kind in itertools.product(("grpo", "rloo"), ("two-phase", "linear")):
         for other in ("none", f"{kind}-noise"):
             a, b = runs[f"{algorithm} {kind}"], runs[f"{algorithm} {other}"]
+            gap, spread = a["mean"] - b["mean"], max(math.hypot(a["std"], b["std"]), 0.01)
             rows.append([f"RL with {algorithm}: is {kind} better than {other}?",
                          f"{a['mean']:.3f} ± {a['std']:.3f} against {b['mean']:.3f} ± {b['std']:.3f}; "
                          f"mean over the run {a['course']:.3f} against {b['course']:.3f}",
-                         "for" if a["mean"] - b["mean"] > max(math.hypot(a["std"], b["std"]), 0.01) else "against"])
+                         verdict(gap - spread, gap + spread) if len(a["end"]) > 1 else "one seed shows nothing"])
     return rows
 
 

@@ -62,7 +62,9 @@ def test_every_sample_has_a_latent_of_its_own_and_the_tokens_of_its_own(model, t
     palette.draw = lambda seeds: drawn.append(seeds) or original(seeds)
     samples = answer(Decoder(model), tokenizer, task, task.test, palette, Sampling(1.0, max_new_tokens=10), 4, seed=1)
     assert len(set(drawn[0])) == 8
-    assert len({sample["completion"] for sample in samples if sample["row"] == 0}) > 1
+    alone = answer(Decoder(model), tokenizer, task, task.test, None, Sampling(1.0, max_new_tokens=10), 4, seed=1)
+    for found in (samples, alone):
+        assert len({sample["completion"] for sample in found if sample["row"] == 0}) > 1
 
 
 def test_greedy_accuracy_asks_the_first_test_questions_greedily_without_prefix(model, tokenizer, monkeypatch):
@@ -401,9 +403,13 @@ def test_the_reproduction_makes_one_self_contained_page_and_skips_what_is_done(e
     assert "url(" not in text and "@import" not in text
     rows = {row[0]: row[-1] for row in json.loads((tmp_path / "results.json").read_text())["sections"][0]["rows"]}
     assert rows["RL with grpo: is two-phase better than none?"] == "for" and rows["RL with rloo: is linear better than linear-noise?"] == "for"
-    assert rows["RL with grpo: is two-phase better than two-phase-noise?"] == "against"
+    assert rows["RL with grpo: is two-phase better than two-phase-noise?"] == "no difference shown"
+    assert [evaluate.verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.1))] == [
+        "for", "against", "no difference shown", "no difference shown"]
     evaluate.main(argv)
     assert len(ran) == 6 and (tmp_path / "index.html").read_text() == text
+    alone = evaluate.reproduced_tables(tmp_path, [1])[0]                     # of the runs that are there, one
+    assert {row[-1] for row in alone if row[0].startswith("RL")} == {"one seed shows nothing"}
 
 
 def test_a_failed_stage_of_the_reproduction_is_one_sentence_and_is_run_again(tmp_path, monkeypatch):
