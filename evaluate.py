@@ -374,11 +374,15 @@ def rescore(args):
     return save_results(args, results, before.split("; judged again")[0] + f"; judged again {date.today()}")
 
 
+def metrics_of(folder):
+    """The rows of an RL run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
 def rl_figures(folders):
     """Greedy pass@1 without prefix over finished runs that differ in the seed: {start, end: by seed, mean and std of the ends,
     course: mean over all evaluations on the way, which is higher the sooner a run learns}."""
-    curves = [[json.loads(line) for line in (Path(path) / "metrics.jsonl").read_text().splitlines()] for path in folders]
-    points = [[row["eval_accuracy"] for row in curve if "eval_accuracy" in row] for curve in curves]
+    points = [[row["eval_accuracy"] for row in metrics_of(folder) if "eval_accuracy" in row] for folder in folders]
     ends, course = [run[-1] for run in points], mean_and_error([mean_and_error(run)[0] for run in points])[0]
     spread = torch.tensor(ends).std().item() if len(ends) > 1 else 0.0
     return {"start": points[0][0], "end": ends, "mean": mean_and_error(ends)[0], "std": spread, "course": course}
@@ -624,16 +628,15 @@ def draw_curves(plt, folders):
               "eval_accuracy": "greedy accuracy without prefix"}
     labels = {}
     for folder in folders:
-        labels.setdefault(Path(folder).name.rsplit("-s", 1)[0], []).append(Path(folder) / "metrics.jsonl")
-    for i, (label, paths) in enumerate(labels.items()):
-        runs = [[json.loads(line) for line in file.read_text().splitlines()] for file in paths]
+        labels.setdefault(Path(folder).name.rsplit("-s", 1)[0], []).append(metrics_of(folder))
+    for i, (label, runs) in enumerate(labels.items()):
         for axis, name in zip(axes, titles):
             curves = [running_mean([(row["step"], row[name]) for row in rows if row.get(name) is not None],
                                    1 if name == "eval_accuracy" else 5) for rows in runs]         # 64 rollouts a step are noisy
             steps = sorted(set().union(*curves))
             values = [[curve[step] for curve in curves if step in curve] for step in steps]
             style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":", "-.")[i % 4])
-            axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(paths)} seeds)")
+            axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(runs)} seeds)")
             axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, linewidth=0)
     for axis, title in zip(axes, titles.values()):
         axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
