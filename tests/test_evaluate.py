@@ -235,13 +235,22 @@ def test_the_analysis_compares_on_questions_kept_aside(evaluation):
     assert [row[1] for row in rows[:4]][0::2] == ["latent", "right answers"] and (out / "reward_map.png").stat().st_size > 1000
 
 
+def test_questions_to_learn_from_and_questions_kept_aside_are_different_ones():
+    parts = evaluate.halves(tiny_task(1, 9), 9)
+    assert [name for name, _, _ in parts] == ["tiny/arith", "tiny/list"] and not any(seen & kept for _, seen, kept in parts)
+    assert set().union(*(seen | kept for _, seen, kept in parts)) == set(range(9))
+    assert all(0 <= len(seen) - len(kept) <= 1 for _, seen, kept in parts)
+
+
 def test_the_gaussian_of_right_latents_and_the_mean_over_neighbours(vae):
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(4000, vae.latent, generator=generator) * 0.3 + 2.0
+    z[:, 0] += z[:, 1]                                                      # correlated: a factor may stand the wrong way round
     found = vae_of_right(vae, z)
     factor = found.domain_factor[0]
     assert found.domain_mean[0] == pytest.approx(z.mean(0), abs=0.02) and torch.allclose(factor.T @ factor, torch.cov(z.T), atol=0.03)
     assert vae.domains == ["code", "math", "qa"] and torch.equal(vae_of_right(vae, z[:0]).domain_factor[0], torch.eye(vae.latent))
+    assert torch.allclose(vae_of_right(vae, z[:1]).domain_mean, z[:1] / (1 + vae.latent))                   # drawn to the prior
     clusters = torch.cat([torch.zeros(40, 2), torch.full((40, 2), 9.0)])
     assert neighbourhood_mean(clusters, torch.tensor([1.0] * 40 + [0.0] * 40)).tolist() == [1.0] * 40 + [0.0] * 40
 
