@@ -200,9 +200,11 @@ def finished_arms(args, tasks):
         if changed:
             raise ValueError(f"{out} holds an evaluation with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
                              f"{settings[changed[0]]!r}): choose another --out, or leave out --resume to start anew")
-        questions = {task.name: len(task.test[:args.questions]) for task in tasks}
-        results = {name: {arm: samples for arm, samples in arms.items() if len(samples) == questions[name] *
-                          (1 if arm == "greedy" else args.samples)} for name, arms in read_samples(out).items()}
+        asked = {task.name: [(row["question"], row["answer"]) for row in task.test[:args.questions]] for task in tasks}
+        due = lambda name: [[pair for pair in asked[name] for _ in range(n)] for n in (1, args.samples)]     # 1: greedy
+        results = {name: {arm: samples for arm, samples in arms.items()
+                          if [(s.get("question"), s.get("gold")) for s in samples] in due(name)}
+                   for name, arms in read_samples(out).items()}
     write_samples(out, results)
     write_text(out / "config.json", json.dumps(settings, indent=1))
     return results
