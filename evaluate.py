@@ -760,6 +760,11 @@ def reproduced_tables(out, seeds):
             beside(rl_rows(runs), "paper: 1.7B / 4B / 8B", PAPER_RL), None, None, load("arms/analysis.json")["table"]]
 
 
+def steers(follows):
+    """Whether latents of a domain set the style, in nearly all answers, and shuffled ones do not. follows: {arm: share}."""
+    return follows["shuffled"] < 0.6 and all(share >= 0.9 for arm, share in follows.items() if arm != "shuffled")
+
+
 def verdict(low, high):
     """What a difference whose interval goes from low to high says of the paper's account."""
     return "for" if low > 0 else "against" if high < 0 else "no difference shown"
@@ -773,10 +778,9 @@ def verdicts(out, runs):
         n = max(sample["sample"] for sample in samples["sampling"]) + 1
         scores[folder] = {arm: [score(own, powers(n))] for arm, own in samples.items()}
     follows = {arm: mean_and_error(part["follows"])[0] for arm, (part,) in scores["arms"].items() if "follows" in part}
-    steered = all(share >= 0.9 for arm, share in follows.items() if arm != "shuffled") and follows["shuffled"] < 0.6
     rows = [["question", "figures", "verdict"],
             ["Does the domain of a latent set the style of the answer?", "follows domain: " + ", ".join(
-                f"{arm} {share:.2f}" for arm, share in follows.items()), "for" if steered else "against"]]
+                f"{arm} {share:.2f}" for arm, share in follows.items()), "for" if steers(follows) else "against"]]
     for question, folder, arm, other, k in (
             ("Does one noise token beat greedy decoding?", "noise-token", "noise", "greedy", n),
             ("Does it beat token sampling?", "noise-token", "noise", "sampling", n),

@@ -425,6 +425,7 @@ def test_the_reproduction_makes_one_self_contained_page_and_skips_what_is_done(e
     rows = {row[0]: row[-1] for row in json.loads((tmp_path / "results.json").read_text())["sections"][0]["rows"]}
     assert rows["RL with grpo: is two-phase better than none?"] == "for" and rows["RL with rloo: is linear better than linear-noise?"] == "for"
     assert rows["RL with grpo: is two-phase better than two-phase-noise?"] == "no difference shown"
+    assert [evaluate.steers({"math": 1.0, "code": a, "shuffled": b}) for a, b in ((0.9, 0.4), (0.8, 0.4), (1.0, 0.9))] == [True, False, False]
     assert [evaluate.verdict(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.2), (0.0, 0.1))] == [
         "for", "against", "no difference shown", "no difference shown"]
     evaluate.main(argv)
