@@ -688,7 +688,7 @@ def parse_args(argv=None):
     args.out = args.out or root + ("/base" if args.stage == "pretrain" else "/sft-none" if args.prefix == "none" else "/sft")
     require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
     for name in ("lr", "lr_warmup", "length"):
-        if not 0 <= getattr(args, name) < math.inf:
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     if args.model not in TINY_BASES and not args.traces and args.stage == "warmup":
         parser.error("--traces is needed for a model other than tiny or tiny-vl")
