@@ -494,7 +494,8 @@ def analyse(lab, tasks, args, results):
     table = [[*columns], *([row.get(column, "") for column in columns] for row in table)]
     write_text(out / "analysis.json", json.dumps({"table": table}, indent=1))
     write_text(out / "analysis.md", markdown(table) + "\n")
-    print(f"\n{markdown(table)}\nsaved {out}{named(draw_reward_map(lab.vae, maps, out / 'reward_map.png'))}")
+    path = draw_reward_map(lab.vae, maps, out / "reward_map.png")
+    print(f"\n{markdown(table)}" + (f"\npicture {path}" if path else ""))
 
 
 def neighbourhood_mean(z, values, neighbours=32):
@@ -617,7 +618,7 @@ def draw_boxes(task, results, path, count=8, side=168):
                 if box:
                     ImageDraw.Draw(image).rectangle([x * s for x, s in zip(box, scale * 2)], outline=colour, width=2)
             sheet.paste(image, (110 + side * j, side * i))
-    sheet.save(path)
+    sheet.quantize().save(path)                             # 256 colours: a third of the size
     return path
 
 

@@ -18,6 +18,20 @@ def test_the_table_of_the_tiny_world_is_the_measured_one():
     assert bench.page(measured["figures"], measured["note"]) == README.split(bench.START)[1].split(bench.END)[0].strip()
 
 
+def test_the_line_counts_are_about_true():
+    counts = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
+    assert set(counts) == {path.name for path in ROOT.glob("*.py")}
+    for name, lines in counts.items():
+        assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 0.1 * int(lines), f"{name}: see wc -l *.py"
+
+
+def test_every_link_of_the_pages_leads_somewhere():
+    for page in (ROOT / "README.md", *(ROOT / "tutorials").glob("*.md")):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)            # code has brackets of its own
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
 def test_every_script_of_the_readme_exists():
     scripts = set(re.findall(r"python (\S+\.py)", README))
     assert len(scripts) >= 5 and all((ROOT / script).is_file() for script in scripts), scripts
