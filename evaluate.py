@@ -49,7 +49,8 @@ from prefix import Decoder, Palette, Sampling, end_ids, load_policy, prompt_of, 
 from rewards import (PROMPT_STYLES, STYLES, STYLES_OF, TASKS, GroundingTask, answers_equal, load_task, parse_box,
                      stop_strings)
 from sft import Ranks, seed_of
-from vae import VAE, find_model, find_vae, open_image, pca, require_positive, run_main, write_text
+from vae import (VAE, find_model, find_vae, open_image, pca, read_json, require_positive, require_same, run_main,
+                 write_text)
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
 
@@ -191,20 +192,19 @@ def write_samples(out, results, add=False):
 
 
 def finished_arms(args, tasks):
-    """The complete arms that an interrupted evaluation of the same settings left in --out; without --resume it starts anew."""
+    """The complete arms that an interrupted evaluation of the same settings left in --out. Without --resume it starts anew, and
+    the samples that are there are kept as samples.before.jsonl."""
     out, settings, results = Path(args.out), {name: getattr(args, name) for name in SETTINGS}, {}
     out.mkdir(parents=True, exist_ok=True)
     if args.resume and (out / "config.json").is_file():
-        before = json.loads((out / "config.json").read_text())
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            raise ValueError(f"{out} holds an evaluation with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
-                             f"{settings[changed[0]]!r}): choose another --out, or leave out --resume to start anew")
+        require_same(f"{out} holds an evaluation", read_json(out / "config.json"), settings, "leave out --resume to start anew")
         asked = {task.name: [(row["question"], row["answer"]) for row in task.test[:args.questions]] for task in tasks}
         due = lambda name: [[pair for pair in asked[name] for _ in range(n)] for n in (1, args.samples)]     # 1: greedy
         results = {name: {arm: samples for arm, samples in arms.items()
                           if [(s.get("question"), s.get("gold")) for s in samples] in due(name)}
                    for name, arms in read_samples(out).items()}
+    elif (out / "samples.jsonl").is_file():
+        os.replace(out / "samples.jsonl", out / "samples.before.jsonl")
     write_samples(out, results)
     write_text(out / "config.json", json.dumps(settings, indent=1))
     return results

@@ -407,8 +407,11 @@ def stage(main_function, argv, script, ranks, rank_0_only=False):
     """Run another script's main. Where its result is there already it only compares the settings, and refuses others."""
     if ranks.rank == 0:
         print(f"python {script} {' '.join(argv)}", flush=True)
-    if ranks.rank == 0 or not rank_0_only:
-        main_function(argv)
+    try:
+        if ranks.rank == 0 or not rank_0_only:
+            main_function(argv)
+    except ValueError as error:                             # --overwrite here is for the RL runs, not for what they start from
+        raise ValueError(str(error).replace("--overwrite to replace it", f"replace it: python {script} ... --overwrite")) from None
     ranks.wait()
 
 

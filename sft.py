@@ -39,8 +39,8 @@ from prefix import Palette, completion_logprobs, load_policy, micro_batches, pro
 from rewards import (ANSWER, CHAT_LEAK, END, IMAGE, PAD, QUESTION, SIDE, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, VISION_END,
                      VISION_START, VL_LEAK, VL_STYLE_WORDS, VL_VOCABULARY, prompt_ids, tiny_answer, tiny_document, tiny_question,
                      tiny_scene_document, tiny_scene_traces, tiny_task, tiny_traces, tiny_vl_task)
-from vae import (TINY_BASES, VAE, Processor, find_model, find_vae, load_traces, require_positive, run_main, see_images,
-                 tiny_defaults, write_text)
+from vae import (TINY_BASES, VAE, Processor, find_model, find_vae, load_traces, read_json, require_positive, require_same, run_main,
+                 see_images, tiny_defaults, write_text)
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -352,11 +352,8 @@ class Run:
 def is_finished(folder, config, resume):
     """Whether the run in a folder that has a config.json is complete. Raises ValueError if its settings are others, or if it is
     unfinished and resume is not asked for."""
-    before, config = json.loads((folder / "config.json").read_text()), json.loads(json.dumps(config))
-    changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
-    if changed:
-        raise ValueError(f"{folder} holds a run with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
-                         f"{config.get(changed[0])!r}): choose another --out, or --overwrite to replace it")
+    before = read_json(folder / "config.json")
+    require_same(f"{folder} holds a run", before, json.loads(json.dumps(config)), "--overwrite to replace it")
     finished = (folder / "policy" / "config.json").is_file()
     if not finished and not resume:
         raise ValueError(f"{folder} holds an unfinished run: --resume goes on with it, --overwrite starts it again")

@@ -604,11 +604,7 @@ def main(argv=None):
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
     known = Path(args.out) / "config.json"
     if known.is_file() and not args.overwrite:
-        before = json.loads(known.read_text()).get("settings", {})
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
-            raise ValueError(f"{args.out} holds a VAE trained with another {', '.join(changed)} (was {before.get(changed[0])!r}, "
-                             f"now {settings[changed[0]]!r}): choose another --out, or --overwrite to replace it")
+        require_same(f"{args.out} holds a VAE trained", read_json(known).get("settings", {}), settings, "--overwrite to replace it")
         return print(f"using {args.out}")
     name = find_model(args.model)
     traces = load_traces(args.traces, args.limit)
@@ -618,6 +614,22 @@ def main(argv=None):
     print(json.dumps(json.loads((Path(args.out) / "config.json").read_text())["report"], indent=1))
     picture = draw_latents(vae, args.out)
     print(f"saved {args.out}" + (f", picture {picture}" if picture else ""))
+
+
+def read_json(path):
+    """The contents of a JSON file; ValueError with its name if it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove its folder, or choose another --out") from None
+
+
+def require_same(what, before, now, otherwise):
+    """ValueError naming the first setting of `now` that is not as `before`: what is there was made differently."""
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(f"{what} with another {', '.join(changed)} (was {before.get(changed[0])!r}, now "
+                         f"{now.get(changed[0])!r}): choose another --out, or {otherwise}")
 
 
 def require_positive(parser, args, *names):

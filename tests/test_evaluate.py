@@ -330,6 +330,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(stop_at, left, tmp_p
     assert len(calls) == 12 + 1 and (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
     with pytest.raises(ValueError, match="another seed"):
         evaluate.main([*argv, *torn, "--resume", "--seed", "5"])
+    monkeypatch.setattr(evaluate, "answer", original)
+    evaluate.main([*argv, *torn, "--arms", "greedy", "--seed", "5"])                # anew: what was there is not lost
+    assert (tmp_path / "torn" / "samples.before.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
 def test_answers_to_questions_that_have_changed_are_not_taken_over(evaluation, tmp_path, monkeypatch):

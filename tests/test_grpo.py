@@ -634,6 +634,19 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
                 assert two[name] == pytest.approx(value, abs=1e-5), (one["step"], name)
 
 
+def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(tmp_path, policy_folder):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    argv = ["--model", str(policy_folder), "--prefix", "noise", "--out", str(folder), "--traces", str(tmp_path / "traces.jsonl")]
+    (tmp_path / "traces.jsonl").write_text('{"question": "calc 1 ?", "answer": "so 1", "domain": "math"}\n')
+    (folder / "config.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match=r"another lr.*or replace it: python sft.py \.\.\. --overwrite"):
+        grpo.stage(sft.main, argv, "sft.py", ALONE)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sft/config.json is damaged"):
+        grpo.stage(sft.main, argv, "sft.py", ALONE)
+
+
 def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     """So `python vae.py` or `python sft.py` after `python grpo.py` (or before) use one another's results."""
     built = {}

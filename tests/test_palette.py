@@ -127,10 +127,11 @@ def test_completions_end_at_the_first_stop_string():
             return "".join(chr(i) for i in ids if i)
 
     of = lambda text: Completion([ord(c) for c in text] + [0], [-1.0] * (len(text) + 1), "stop")
-    completions, texts = texts_of([of("ab|c|d"), of("abc"), Completion([ord("|")], [-2.0], "length")], Letters(), ("|", "zz"))
-    assert texts == ["ab", "abc", ""]
-    assert [len(c.ids) for c in completions] == [len(c.logprobs) for c in completions] == [3, 4, 1]
-    assert [c.finish for c in completions] == ["stop"] * 3
+    completions, texts = texts_of([of("ab|c|d"), of("abc"), Completion([ord("|")], [-2.0], "length"), of("|d")],
+                                  Letters(), ("|", "zz"))
+    assert texts == ["ab", "abc", "", ""]
+    assert [len(c.ids) for c in completions] == [len(c.logprobs) for c in completions] == [3, 4, 1, 1]
+    assert [c.finish for c in completions] == ["stop"] * 4
 
 
 def test_shuffled_latents_keep_their_entries_and_lose_their_domain(vae, table):
