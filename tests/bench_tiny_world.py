@@ -101,6 +101,8 @@ def claims(figures):
         "against us: gauss within 0.05 of latent on pass@8": lambda f: abs(k(f, "gauss") - k(f, "latent")) < 0.05,
         "against us: RL with noise prefixes (two-phase) within 0.05 of latents": lambda f:
             f["rl_noise"]["two-phase"]["mean"] > f["rl"]["two-phase"]["mean"] - 0.05,
+        "against us: RL with noise prefixes (two-phase) learns sooner: a higher mean over the run's evaluations": lambda f:
+            f["rl_noise"]["two-phase"]["course"] > f["rl"]["two-phase"]["course"],
     }
     return {name: sum(map(test, figures.values())) for name, test in tests.items()}
 
@@ -126,7 +128,6 @@ def main():
     if args.write:
         write(figures, note, Path(args.out))
     print(json.dumps({"claims": claims(figures), "bases": figures}))
-
 
 
 if __name__ == "__main__":
