@@ -49,7 +49,7 @@ from prefix import Decoder, Palette, Sampling, end_ids, load_policy, prompt_of, 
 from rewards import (PROMPT_STYLES, STYLES, STYLES_OF, TASKS, GroundingTask, answers_equal, load_task, parse_box,
                      stop_strings)
 from sft import Ranks, seed_of
-from vae import (VAE, find_model, find_vae, open_image, pca, read_json, require_positive, require_same, run_main,
+from vae import (VAE, add_flags, as_flags, find_model, find_vae, open_image, pca, read_json, require_same, run_main,
                  write_text)
 
 # ---- estimators ---------------------------------------------------------------------------------------------------------
@@ -148,6 +148,16 @@ def greedy_accuracy(decoder, tokenizer, task, args, ranks):
     samples = answer(decoder, tokenizer, task, rows, None, Sampling(0.0, max_new_tokens=args.max_new_tokens), 1, 0, args.prompt)
     right, count = ranks.total([sum(sample["accuracy"] for sample in samples), len(samples)])
     return right / max(count, 1)
+
+
+def add_progress_flags(parser):
+    """grpo.py's flags on greedy_accuracy, and on the arms of close_rl."""
+    add_flags(parser, "evaluation",
+              eval_every=(10, "steps between greedy evaluations", 1),
+              eval_questions=(256, "test questions of these", 1),
+              arms=(["all"], "arms of the table at the end, or none"),
+              arm_questions=(64, "test questions of the arms", 1),
+              arm_samples=(32, "samples a question in every arm", 1))
 
 
 def arms_of(names, domains, temperature, with_vae=True):
@@ -378,7 +388,8 @@ def rescore(args):
 
 def metrics_of(folder):
     """The rows of an RL run's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = (Path(folder) / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]        # behind the last end of line: nothing, or a row being written
 
 
 def rl_figures(folders):
@@ -841,40 +852,40 @@ def page(sections, note, folder):
 def parse_args(argv=None):
     """The flags; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="hub name, folder, run folder, tiny or tiny-vl (default: tiny)")
-    data.add_argument("--vae", help="VAE folder, or none (default: runs/tiny/vae; runs/tiny-vl/vae for tiny-vl)")
-    data.add_argument("--task", nargs="+", help=f"{TASKS}, or names for --test-data (default: tiny; tiny-vl for that model)")
-    data.add_argument("--test-data", nargs="+", metavar="[TASK=]SOURCE", help="JSONL of {question, answer} or "
-                      "hub:DATASET:CONFIG:SPLIT; TASK= with several tasks (default: each task's own)")
-    data.add_argument("--prompt", choices=PROMPT_STYLES, default="auto", help="prompt format (default: auto)")
-    data.add_argument("--questions", type=int, default=64, help="test questions a task (default: 64)")
-    data.add_argument("--out", help="where the results go (default: runs/MODEL/evaluation; runs/reproduce for --reproduce)")
-    arms = parser.add_argument_group("arms")
-    arms.add_argument("--arms", nargs="+", metavar="ARM", help="greedy, sampling, noise, gauss, shuffled, latent, "
-                      "'noise + sampling', 'gauss + sampling', 'latent + sampling', a domain, or all (default: all)")
-    arms.add_argument("--against", default="sampling", metavar="ARM", help="reference of the differences (default: sampling)")
-    arms.add_argument("--samples", type=int, default=32, help="samples a question in every arm but greedy (default: 32)")
-    arms.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
-    arms.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
-    arms.add_argument("--temperature", type=float, default=1.0, help="of the sampling arms (default: 1)")
-    arms.add_argument("--top-p", type=float, default=1.0, help="of the sampling arms (default: 1, off)")
-    arms.add_argument("--max-new-tokens", type=int, help="longest answer (default: 34 for tiny, 14 for tiny-vl, else 512)")
-    other = parser.add_argument_group("what to do instead, or in addition")
-    other.add_argument("--rescore", action="store_true", help="judge the samples in --out again, without any model")
-    other.add_argument("--analyse", action="store_true", help="also: which region of latent space answers which questions")
-    other.add_argument("--sweep", nargs="+", metavar="AXIS=V,V", help="one axis at a time: length, beta, temperature, top_p")
-    other.add_argument("--curves", nargs="+", metavar="RUN", help="only draw the learning curves of these RL runs")
-    other.add_argument("--reproduce", action="store_true", help="the paper's figures and tables on the tiny world, as one page")
-    other.add_argument("--base-seed", type=int, default=0, help="--reproduce: seed of the base model (default: 0)")
-    other.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="--reproduce: RL seeds (default: 0 1 2)")
-    other.add_argument("--quick", action="store_true", help="--reproduce: hardly trained; checks the way, not the results")
-    machine = parser.add_argument_group("machine and seed")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
-    machine.add_argument("--slots", type=int, default=64, help="rows decoded at a time (default: 64)")
-    machine.add_argument("--seed", type=int, default=0, help="seed of prefixes and tokens (default: 0)")
-    machine.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation of the same settings")
+    add_flags(parser, "model and data",
+              model=("tiny", "hub name, folder, run folder, tiny or tiny-vl"),
+              vae=(str, "VAE folder, or none (default: runs/tiny/vae; runs/tiny-vl/vae for tiny-vl)"),
+              task=([str], f"{TASKS}, or names for --test-data (default: tiny; tiny-vl for that model)"),
+              test_data=([str], "JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT; TASK= with several tasks (default: each "
+                         "task's own)", "[TASK=]SOURCE"),
+              prompt=("auto", "prompt format", PROMPT_STYLES),
+              questions=(64, "test questions a task", 1),
+              out=(str, "where the results go (default: runs/MODEL/evaluation; runs/reproduce for --reproduce)"))
+    add_flags(parser, "arms",
+              arms=([str], "greedy, sampling, noise, gauss, shuffled, latent, 'noise + sampling', 'gauss + sampling', 'latent + "
+                    "sampling', a domain, or all (default: all)", "ARM"),
+              against=("sampling", "reference of the differences", "ARM"),
+              samples=(32, "samples a question in every arm but greedy", 1),
+              length=(8, "prefix rows L", 0),
+              independent=(False, "L independent latents instead of one tiled"),
+              temperature=(1.0, "of the sampling arms", 0),
+              top_p=(1.0, "of the sampling arms; 1: off", 0),
+              max_new_tokens=(int, "longest answer (default: 34 for tiny, 14 for tiny-vl, else 512)", 1))
+    add_flags(parser, "what to do instead, or in addition",
+              rescore=(False, "judge the samples in --out again, without any model"),
+              analyse=(False, "also: which region of latent space answers which questions"),
+              sweep=([str], "one axis at a time: length, beta, temperature, top_p (default: none)", "AXIS=V,V"),
+              curves=([str], "only draw the learning curves of these RL runs (default: none)", "RUN"),
+              reproduce=(False, "the paper's figures and tables on the tiny world, as one page"),
+              base_seed=(0, "--reproduce: seed of the base model"),
+              seeds=([0, 1, 2], "--reproduce: RL seeds"),
+              quick=(False, "--reproduce: hardly trained; checks the way, not the results"))
+    add_flags(parser, "machine and seed",
+              device=("auto", "auto, cpu, cuda or mps"),
+              dtype=("float32", "of the weights", ("float32", "bfloat16")),
+              slots=(64, "rows decoded at a time", 1),
+              seed=(0, "seed of prefixes and tokens"),
+              resume=(False, "go on with an interrupted evaluation of the same settings"))
     return checked(parser, parser.parse_args(argv))
 
 
@@ -884,7 +895,6 @@ def checked(parser, args):
     args.task, args.vae = args.task or [world], args.vae or f"runs/{world}/vae"
     args.max_new_tokens = args.max_new_tokens or {"tiny": 34, "tiny-vl": 14}.get(" ".join(args.task), 512)
     args.out = args.out or ("runs/reproduce" if args.reproduce else f"runs/{world}/evaluation")
-    require_positive(parser, args, "questions", "samples", "slots", "max_new_tokens")
     args.arms = args.arms or (["sampling", "latent", "latent + sampling"] if args.sweep else ["all"])
     if args.analyse and args.arms != ["all"]:
         args.arms = list(dict.fromkeys([*args.arms, "latent"]))
@@ -945,16 +955,15 @@ def main(argv=None):
 
 
 def close_rl(args, folders, policies, device):
-    """The tables and pictures that close grpo.py's main job. args: grpo.py's; folders: {schedule: run folders}."""
+    """The tables and pictures that close grpo.py's main job. args: grpo.py's; folders: {schedule: run folders};
+    policies: {schedule: the policy it started from}."""
     root = Path(args.out)
     if args.arms != ["none"]:
-        policy = policies.get("prior", policies.get("none"))
+        policy = next((policy for schedule, policy in policies.items() if schedule != "none"), policies.get("none"))
         print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
-        main(["--model", policy, "--vae", args.vae, "--task", args.task, "--prompt", args.prompt, "--device", args.device,
-              "--questions", str(args.arm_questions), "--samples", str(args.arm_samples), "--length", str(args.length),
-              "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots), "--out", str(root / "evaluation"),
-              "--arms", *args.arms, *(["--independent"] if args.independent else []),
-              *(["--test-data", args.test_data] if args.test_data else [])])
+        main(as_flags(model=policy, vae=args.vae, task=args.task, test_data=args.test_data, prompt=args.prompt, device=args.device,
+                      questions=args.arm_questions, samples=args.arm_samples, arms=args.arms, length=args.length, slots=args.slots,
+                      independent=args.independent, max_new_tokens=args.max_new_tokens, out=root / "evaluation"))
     name = f"{args.algorithm}-{args.source}"
     picture = draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")

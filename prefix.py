@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards import IMAGE, VISION_END, VISION_START, prompt_ids, tiny_vl_task
-from vae import Processor, find_model, find_vae, model_class, read_tokenizer, run_main, see_images
+from vae import Processor, add_flags, find_model, find_vae, model_class, read_tokenizer, run_main, see_images
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. The palette: where prefixes come from
@@ -95,6 +95,12 @@ def end_ids(model, tokenizer):
     return sorted(ends)
 
 
+def check_source(source, domains):
+    """ValueError for a prefix source that there is not."""
+    if source not in (*SOURCES, *domains):
+        raise ValueError(f"unknown prefix source '{source}': choose one of {', '.join([*SOURCES, *domains])}")
+
+
 class Palette:
     """Draws prefixes of one kind (Eq. 9). `draw(seeds)` gives one prefix a row, determined by the row's seed alone.
 
@@ -111,8 +117,7 @@ class Palette:
         if length < 0:
             raise ValueError(f"the prefix length L must be 0 or more, not {length}")
         domains = vae.domains if vae is not None else []
-        if source not in SOURCES and source not in domains:
-            raise ValueError(f"unknown prefix source '{source}': choose one of {', '.join([*SOURCES, *domains])}")
+        check_source(source, domains)
         if vae is None and source not in ("none", "noise"):
             raise ValueError(f"the prefix source '{source}' needs a VAE: train one with vae.py")
         if vae is not None:
@@ -192,6 +197,15 @@ def prompt_of(row, tokenizer, instruction="", style="auto"):
     return Prompt(prompt_ids(text, tokenizer, instruction, style), image)
 
 
+def check_prompts(rows, tokenizer, instruction, style, longest):
+    """Raises ValueError for a task row whose prompt has over `longest` tokens: before a run, not when its turn comes."""
+    for row in rows:
+        length = len(prompt_of(row, tokenizer, instruction, style))
+        if length > longest:
+            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {longest}: raise it, or drop the question "
+                             f"{row['question'][:80]!r}")
+
+
 def visual_tokens(model, image):
     """How many tokens of the prompt an image (Pixels or None) stands for."""
     return 0 if image is None else math.prod(image.grid) // model.config.vision_config.spatial_merge_size ** 2
@@ -254,6 +268,11 @@ class Sampling:
     top_k: int = 0  # keep the top_k likeliest; 0: all
     min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest
     max_new_tokens: int = 256
+
+    @classmethod
+    def of(cls, args):
+        """From the flags of add_sampling_flags."""
+        return cls(args.temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens)
 
     def __post_init__(self):
         if not (self.temperature >= 0 < self.top_p <= 1 and self.top_k >= 0 <= self.min_p <= 1 <= self.max_new_tokens):
@@ -705,21 +724,38 @@ def completion_logprobs(model, prompts, completions, prefixes, sampling=Sampling
 # ------------------------------------------------------------------------------------------------------------------------
 # Command line
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def add_sampling_flags(parser, max_new_tokens):
+    """The flags on how rollouts are sampled, as Sampling and Decoder take them."""
+    add_flags(parser, "sampling of rollouts",
+              temperature=(1.0, "of rollouts", 0),
+              top_p=(1.0, "likeliest tokens kept, by their sum; 1: all", 0),
+              top_k=(0, "likeliest tokens kept, by number; 0: all", 0),
+              max_new_tokens=(max_new_tokens, "longest completion", 1),
+              slots=(64, "rows decoded at a time", 1),
+              rollout_precision=("fp32", "of the decoder's weights and cache; bf16 halves both, samples from a slightly other "
+                                 "policy (see --tis), and evaluates, too", tuple(PRECISIONS)))
+
+
 def parse_args(argv=None):
     """The flags of the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="hub name, folder, tiny or tiny-vl (default: tiny)")
-    parser.add_argument("--vae", help="VAE folder (default: runs/tiny/vae, or runs/tiny-vl/vae)")
-    parser.add_argument("--prompt", help="the question (default: one of the tiny world)")
-    parser.add_argument("--image", help="a picture for a vision-language model (default for tiny-vl: a drawn scene)")
-    parser.add_argument("--source", nargs="+", help="prefix sources to show (default: none, every domain, prior, noise)")
-    parser.add_argument("--length", type=int, default=8, help="prefix rows L (default: 8)")
-    parser.add_argument("--independent", action="store_true", help="L independent latents instead of one tiled (default: tiled)")
-    parser.add_argument("--draws", type=int, default=3, help="prefixes drawn per source (default: 3)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of token sampling (default: 0, greedy)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    add_flags(parser, "model and question",
+              model=("tiny", "hub name, folder, tiny or tiny-vl"),
+              vae=(str, "VAE folder (default: runs/tiny/vae, or runs/tiny-vl/vae)"),
+              prompt=(str, "the question (default: one of the tiny world)"),
+              image=(str, "a picture for a vision-language model (default for tiny-vl: a drawn scene)"),
+              device=("cpu", "cpu, cuda or mps"))
+    add_flags(parser, "prefixes and sampling",
+              source=([str], "prefix sources to show (default: none, every domain, prior, noise)"),
+              length=(8, "prefix rows L", 0),
+              independent=(False, "L independent latents instead of one tiled"),
+              draws=(3, "prefixes drawn per source", 1),
+              temperature=(0.0, "of token sampling; 0: greedy", 0),
+              max_new_tokens=(64, "longest answer", 1),
+              seed=(0, "seed of the draws"))
     return parser.parse_args(argv)
 
 

@@ -923,6 +923,24 @@ def overlong(n_tokens, limit, buffer):
     return -min(1.0, max(0.0, (n_tokens - (limit - buffer)) / buffer if buffer else float(n_tokens > limit)))
 
 
+REWARDS = ("accuracy", "answered", "format", "undecided", "overlong")        # what Task.judge and `overlong` give, by name
+
+
+def reward_weights(items):
+    """["accuracy=1", "format=0.1"] -> {"accuracy": 1.0, "format": 0.1}. ValueError for a name or weight that is none."""
+    weights = {}
+    for name, _, weight in (item.partition("=") for item in items):
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"--reward takes NAME=WEIGHT with a number as weight, not {' '.join(items)}") from None
+        if name not in REWARDS:
+            raise ValueError(f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
+        if not abs(weights[name]) < float("inf"):
+            raise ValueError(f"--reward {name}={weight} is not a number to weigh by")
+    return weights
+
+
 COORDINATE = r"(-?[0-9]{1,9}(?:\.[0-9]{1,9})?)"
 BOX = re.compile(r"(?:<box>|box_start\|>|[\[({])[\s\[(]{0,9}"
                  + r"[\s,()\[\]]{1,9}".join([COORDINATE] * 4) + r"[\s\])]{0,9}(?:</box>|<\|box_end|[\])}])")

@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import time
 import warnings
@@ -35,12 +36,13 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+import vae as vae_stage
 from prefix import Palette, completion_logprobs, load_policy, micro_batches, prompt_of, rope_positions, text_model, whole
 from rewards import (ANSWER, CHAT_LEAK, END, IMAGE, PAD, QUESTION, SIDE, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, VISION_END,
                      VISION_START, VL_LEAK, VL_STYLE_WORDS, VL_VOCABULARY, prompt_ids, tiny_answer, tiny_document, tiny_question,
                      tiny_scene_document, tiny_scene_traces, tiny_task, tiny_traces, tiny_vl_task)
-from vae import (TINY_BASES, VAE, Processor, find_model, find_vae, load_traces, read_json, require_positive, require_same, run_main,
-                 see_images, tiny_defaults, write_text)
+from vae import (TINY_BASES, VAE, Processor, add_flags, as_flags, find_model, find_vae, load_traces, read_json, require_same,
+                 run_main, see_images, tiny_defaults, write_text)
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +109,21 @@ class Ranks:
 def seed_of(*parts):
     """A 63-bit seed that is a pure function of its parts, e.g. seed_of(seed, "rollout", step, row)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def rows_of_step(rows, step, count, seed, extra=0):
+    """The `count` rows of a training set that a step asks: every row once an epoch, each epoch in an order of its own.
+
+    extra * count replacements follow: the set's other rows, in an order of the step's own. So a step asks no row twice,
+    unless the set has fewer than (1 + extra) * count.
+    """
+    start, size = step * count, len(rows)
+    first, last = start // size, (start + count - 1) // size
+    order = [i for epoch in range(first, last + 1) for i in random.Random(seed_of(seed, "epoch", epoch)).sample(range(size), size)]
+    chosen = order[start - first * size:][:count]
+    others = (sorted(set(range(size)) - set(chosen)) or chosen) if extra else []
+    random.Random(seed_of(seed, "replacements", step)).shuffle(others)
+    return [rows[i] for i in chosen + [others[i % len(others)] for i in range(extra * count)]]
 
 
 # ---- the model and its optimizer ----------------------------------------------------------------------------------------
@@ -191,6 +208,23 @@ def apply_gradients(model, optimizers, ranks, max_norm=1.0):
 def autocast(device, precision):
     """Forward passes in bf16 with fp32 weights, or plain fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+# ---- metrics ------------------------------------------------------------------------------------------------------------
+
+def by_part(values, guided):
+    """values [N, K] and N truth values -> the sums [2, K] over unguided and over guided items, in double precision."""
+    values, guided = values.cpu().double(), torch.tensor(guided, dtype=torch.bool)
+    return torch.stack([values[~guided].sum(0), values[guided].sum(0)])
+
+
+def means(names, sums, ranks):
+    """sums [2, K] over this rank's unguided and guided items, the first their number -> means over all ranks, by name."""
+    (unguided, guided), row = ranks.total(sums.tolist()), {}
+    for part, (count, *values) in (("", map(sum, zip(unguided, guided))), ("_guided", guided), ("_unguided", unguided)):
+        row[names[0] + part] = int(count)
+        row.update({name + part: value / count if count else None for name, value in zip(names[1:], values)})
+    return row
 
 
 # ---- run folders --------------------------------------------------------------------------------------------------------
@@ -647,32 +681,73 @@ def style_leak_vl(model, processor, questions=256):
     return {"box": box, "prose": prose + picture, "place": place}
 
 
+# ---- what comes before RL -----------------------------------------------------------------------------------------------
+
+def prepare(args, ranks):
+    """Build what is missing below grpo.py's loop, each stage with the command that a user would type, and set args.vae.
+
+    Returns {schedule: folder of the warmed-up policy to start from}; that of "none" is warmed up without prefixes.
+    """
+    root, base, given = Path(args.out), args.model, args.vae
+    if base in TINY_BASES:
+        base = str(root / "base")
+        stage("sft.py pretrain", main,
+              dict(model=args.model, out=base, seed=args.base_seed, steps=args.base_steps, resume=True), ranks)
+        if not args.traces:
+            args.traces, args.limit = [f"{base}/traces.jsonl"], 10**9
+    common, args.vae = dict(model=base, limit=args.limit, traces=args.traces), given or str(root / "vae")
+    if not (given and Path(given, "config.json").is_file()):            # a VAE that you name is used as it is
+        stage("vae.py", vae_stage.main if ranks.rank == 0 else None, dict(out=args.vae, **common), ranks)
+    folders = {schedule: root / ("sft-none" if schedule == "none" else "sft") for schedule in args.schedule}
+    for folder in dict.fromkeys(folders.values()):
+        stage("sft.py", main, dict(
+            out=folder, vae=args.vae, prefix="none" if folder.name == "sft-none" else "prior", lr=args.sft_lr, batch=args.sft_batch,
+            **common, device=args.device, precision=args.precision, fsdp=args.fsdp, checkpointing=args.checkpointing,
+            prompt="plain" if args.prompt == "few-shot" else args.prompt, resume=True), ranks)
+    return {schedule: str(folder / "policy") for schedule, folder in folders.items()}
+
+
+def stage(script, main_function, flags, ranks):
+    """Run another script's main (None: another rank does). Where its result is there already it only compares the settings,
+    and refuses others."""
+    name, *argv = *script.split(), *as_flags(**flags)
+    if ranks.rank == 0:
+        print(f"python {name} {shlex.join(argv)}", flush=True)
+    try:
+        if main_function:
+            main_function(argv)
+    except ValueError as error:                             # --overwrite of grpo.py is for RL runs, not for what they start from
+        raise ValueError(str(error).replace("--overwrite to replace it", f"replace it: python {name} ... --overwrite")) from None
+    ranks.wait()
+
+
 # ---- command line -------------------------------------------------------------------------------------------------------
 
-# What does not change a run's result, and so may differ when it is resumed.
-NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save_every", "fsdp", "checkpointing")
+# What does not change a run's result, and so may differ when it is resumed; the stages have a config.json of their own.
+STAGE_FLAGS = ("vae", "traces", "limit", "sft_lr", "sft_batch", "base_seed", "base_steps")
+NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save_every", "keep", "fsdp", "checkpointing")
 
 
 def parse_args(argv=None):
     """The flags of both stages; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=("warmup", "pretrain"), default="warmup", help="what to do (default: warmup)")
-    data = parser.add_argument_group("model and data")
-    data.add_argument("--model", default="tiny", help="hub name, folder, tiny or tiny-vl (default: tiny)")
-    data.add_argument("--vae", help="folder of a trained VAE (default: runs/tiny/vae, or runs/tiny-vl/vae)")
-    data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE", help="JSONL files or hub:... (default: the tiny world's)")
-    data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
-    data.add_argument("--prompt", choices=("auto", "chat", "plain"), default="auto", help="prompt format (default: auto)")
-    data.add_argument("--out", help="run folder (default: runs/tiny/base for pretrain, runs/tiny/sft[-none] for warmup)")
-    prefix = parser.add_argument_group("prefix")
-    prefix.add_argument("--prefix", default="prior", help="prior (the paper), none (baseline) or another source (default: prior)")
-    prefix.add_argument("--length", type=int, help="prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)")
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, help="updates (default: 10 for warmup; 900 for pretrain, 400 of tiny-vl)")
-    training.add_argument("--batch", type=int, help="rows per update (default: 64; 32 for pretrain, 48 of tiny-vl)")
-    training.add_argument("--lr", type=float, default=3e-6, help="AdamW's learning rate in warmup (default: 3e-6)")
-    training.add_argument("--max-tokens", type=int, default=512, help="longest prompt, and longest answer (default: 512)")
-    training.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    add_flags(parser, "model and data",
+              model=("tiny", "hub name, folder, tiny or tiny-vl"),
+              vae=(str, "folder of a trained VAE (default: runs/tiny/vae, or runs/tiny-vl/vae)"),
+              traces=([str], "JSONL files or hub:... (default: the tiny world's)", "[DOMAIN=]SOURCE"),
+              limit=(2000, "traces kept per source", 1),
+              prompt=("auto", "prompt format", ("auto", "chat", "plain")),
+              out=(str, "run folder (default: runs/tiny/base for pretrain, runs/tiny/sft[-none] for warmup)"))
+    add_flags(parser, "prefix",
+              prefix=("prior", "prior (the paper), none (baseline) or another source"),
+              length=(int, "prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)", 0))
+    add_flags(parser, "training",
+              steps=(int, "updates (default: 10 for warmup; 900 for pretrain, 400 of tiny-vl)", 1),
+              batch=(int, "rows per update (default: 64; 32 for pretrain, 48 of tiny-vl)", 1),
+              lr=(3e-6, "AdamW's learning rate in warmup", 0),
+              max_tokens=(512, "longest prompt, and longest answer", 1),
+              seed=(0, "seed of everything random"))
     add_machine_flags(parser, tokens_per_batch=4096, save_every=100)
     args = parser.parse_args(argv)
     vl = args.model == "tiny-vl"
@@ -683,10 +758,6 @@ def parse_args(argv=None):
     root = f"runs/{'tiny-vl' if vl else 'tiny'}"
     args.vae = args.vae or f"{root}/vae"
     args.out = args.out or root + ("/base" if args.stage == "pretrain" else "/sft-none" if args.prefix == "none" else "/sft")
-    require_positive(parser, args, "steps", "batch", "max_tokens", "tokens_per_batch", "save_every", "limit")
-    for name in ("lr", "lr_warmup", "length"):
-        if not 0 <= (getattr(args, name) or 0) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     if args.model not in TINY_BASES and not args.traces and args.stage == "warmup":
         parser.error("--traces is needed for a model other than tiny or tiny-vl")
     return tiny_defaults(args) if args.stage == "warmup" else args
@@ -698,7 +769,7 @@ def main(argv=None):
     ranks = Ranks.start(args.device, args.fsdp)
     if args.stage == "pretrain":
         run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite)
-        return print(f"the tiny base is in {run.folder}/policy")
+        return print(f"the tiny base is in {run.folder}/policy") if ranks.rank == 0 else None
     needs_vae = args.prefix not in ("none", "noise")
     if ranks.rank == 0:                                 # what is missing of the tiny world is made once
         name = find_model(args.model)
@@ -711,27 +782,39 @@ def main(argv=None):
     model, tokenizer = load_trainable(args.model, ranks, args)
     palette = Palette(vae, whole(model.get_input_embeddings().weight.detach()), args.prefix, args.length)
     config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
-    run = Run(args.out, config, ranks, args.resume, args.overwrite)
+    run = Run(args.out, config, ranks, args.resume, args.overwrite, args.keep)
     if not run.finished:
         warmup(model, tokenizer, traces, palette, run, args)
     if ranks.rank == 0:
         print(f"the warmed-up policy is in {run.folder}/policy")
 
 
+def add_stage_flags(parser):
+    """grpo.py's flags on the stages that `prepare` builds."""
+    add_flags(parser, "stages before RL",
+              vae=(str, "VAE folder (default: OUT/vae, trained if it is missing)"),
+              traces=([str], "for VAE and warm-up (default: the tiny world's)", "[DOMAIN=]SOURCE"),
+              limit=(2000, "traces kept per source of your own", 1),
+              sft_lr=(3e-6, "the warm-up's learning rate", 0),
+              sft_batch=(64, "rows per warm-up update", 1),
+              base_seed=(0, "seed of the tiny base model"),
+              base_steps=(900, "pretraining steps of the tiny base model", 1))
+
+
 def add_machine_flags(parser, tokens_per_batch, save_every):
     """The flags that every training script has: where it runs, in which pieces, and what becomes of its run folder."""
-    group = parser.add_argument_group("machine and run folder")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training's forwards (default: fp32)")
-    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard weights, gradients and moments over the ranks")
-    group.add_argument("--checkpointing", action="store_true", help="keep layer inputs only, run layers again in backward")
-    group.add_argument("--tokens-per-batch", type=int, default=tokens_per_batch, help="of a micro-batch (default: %(default)s)")
-    group.add_argument("--save-every", type=int, default=save_every, help="steps between checkpoints (default: %(default)s)")
-    group.add_argument("--lr-schedule", choices=("constant", "linear", "cosine"), default="constant",
-                       help="the learning rate stays, or falls to 0 (default: constant)")
-    group.add_argument("--lr-warmup", type=int, default=0, help="steps over which the learning rate rises (default: 0)")
-    group.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    group.add_argument("--overwrite", action="store_true", help="replace a run of other settings in --out")
+    add_flags(parser, "machine and run folder",
+              device=("auto", "auto, cpu, cuda or mps"),
+              precision=("fp32", "of training's forwards", ("fp32", "bf16")),
+              fsdp=(False, "under torchrun: shard weights, gradients and moments over the ranks"),
+              checkpointing=(False, "keep layer inputs only, run layers again in backward"),
+              tokens_per_batch=(tokens_per_batch, "of a micro-batch", 1),
+              save_every=(save_every, "steps between checkpoints", 1),
+              keep=(2, "checkpoints kept, the newest ones", 1),
+              lr_schedule=("constant", "the learning rate stays, or falls to 0", ("constant", "linear", "cosine")),
+              lr_warmup=(0, "steps over which the learning rate rises", 0),
+              resume=(False, "go on with an unfinished run"),
+              overwrite=(False, "replace a run of other settings in --out"))
 
 
 if __name__ == "__main__":

@@ -547,27 +547,25 @@ def draw_latents(vae, folder, per_domain=100):
 def parse_args(argv=None):
     """The flags; exits with status 2 and one sentence where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--model", default="tiny", help="whose embeddings: hub name, folder, tiny or tiny-vl (default: tiny)")
-    data.add_argument("--traces", nargs="+", metavar="[DOMAIN=]SOURCE",
-                      help="JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own traces)")
-    data.add_argument("--limit", type=int, default=2000, help="traces kept per source (default: 2000)")
-    data.add_argument("--out", help="folder of the VAE (default: runs/MODEL/vae for tiny and tiny-vl, needed otherwise)")
-    data.add_argument("--overwrite", action="store_true", help="replace a VAE of other settings in --out")
-    model = parser.add_argument_group("model")
-    model.add_argument("--decoder", choices=("mlp", "gpt"), help="mlp: one row for each z (Eq. 7); gpt: 8 rows (Sec. 4.1) "
-                       "(default: gpt for a vision-language model, mlp otherwise)")
-    model.add_argument("--whole", action="store_true", help="of gpt: every row stands for the whole trace, not for its eighth")
-    model.add_argument("--latent", type=int, help="latent width k (default: 8 for mlp; for gpt 1024, or d where that is less)")
-    model.add_argument("--hidden", type=int, default=128, help="width of the hidden layers (default: 128)")
-    model.add_argument("--beta", type=float, default=1.0, help="weight of the KL term, Eq. 8 (default: 1)")
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, help="passes over the traces (default: 60 for mlp, 30 for gpt)")
-    training.add_argument("--batch", type=int, default=128, help="traces per update (default: 128)")
-    training.add_argument("--lr", type=float, default=2e-3, help="Adam's learning rate (default: 2e-3)")
-    training.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise (default: 0)")
+    add_flags(parser, "data",
+              model=("tiny", "whose embeddings: hub name, folder, tiny or tiny-vl"),
+              traces=([str], "JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own traces)", "[DOMAIN=]SOURCE"),
+              limit=(2000, "traces kept per source", 1),
+              out=(str, "folder of the VAE (default: runs/MODEL/vae for tiny and tiny-vl, needed otherwise)"),
+              overwrite=(False, "replace a VAE of other settings in --out"))
+    add_flags(parser, "model",
+              decoder=(str, "mlp: one row for each z (Eq. 7); gpt: 8 rows (Sec. 4.1) (default: gpt for a vision-language model, "
+                       "mlp otherwise)", ("mlp", "gpt")),
+              whole=(False, "of gpt: every row stands for the whole trace, not for its eighth"),
+              latent=(int, "latent width k (default: 8 for mlp; for gpt 1024, or d where that is less)", 1),
+              hidden=(128, "width of the hidden layers", 1),
+              beta=(1.0, "weight of the KL term, Eq. 8", 0))
+    add_flags(parser, "training",
+              epochs=(int, "passes over the traces (default: 60 for mlp, 30 for gpt)", 1),
+              batch=(128, "traces per update", 1),
+              lr=(2e-3, "Adam's learning rate", 0),
+              seed=(0, "seed of weights, batches and noise"))
     args = parser.parse_args(argv)
-    require_positive(parser, args, "limit", "latent", "hidden", "epochs", "batch")
     if args.model not in TINY_BASES and not (args.traces and args.out):
         parser.error("--traces and --out are needed for a model other than tiny or tiny-vl")
     args.out = args.out or f"runs/{args.model}/vae"
@@ -632,11 +630,46 @@ def require_same(what, before, now, otherwise):
                          f"{now.get(changed[0])!r}): choose another --out, or {otherwise}")
 
 
-def require_positive(parser, args, *names):
-    """End with a sentence naming the first of these flags that is given and below 1."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+def add_flags(parser, title, **flags):
+    """A labelled group of flags, name=(default, help): the help ends in the default unless it names it itself.
+
+    The default gives the type: False makes a switch, a list takes several values, a type in place of a value has no default.
+    A third entry is the least value allowed (a number), the choices (a tuple), or how help shows the value (text).
+    """
+    add = parser.add_argument_group(title).add_argument
+    for name, (default, text, *more) in flags.items():
+        flag = "--" + name.replace("_", "-")
+        text += "" if "(default" in text else " (default: off)" if default is False else " (default: %(default)s)"
+        if default is False:
+            add(flag, action="store_true", help=text)
+            continue
+        example = default[0] if isinstance(default, list) else default          # a value, or the type of one
+        kind = example if isinstance(example, type) else type(example)
+        options = {{tuple: "choices", str: "metavar"}.get(type(entry), "limit"): entry for entry in more}
+        add(flag, type=at_least(options.pop("limit", -math.inf), kind), default=None if kind is example else default,
+            nargs="+" if isinstance(default, list) else None, help=text, **options)
+
+
+def at_least(limit, kind):
+    """An argparse type: text as it is, or a number that is finite and not below the limit."""
+    def read(text):
+        value = kind(text)
+        if kind is not str and not limit <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {limit}{' and finite' * (kind is float)}, not {text}")
+        return value
+    read.__name__ = kind.__name__                           # argparse names it, as in "invalid float value"
+    return read
+
+
+def as_flags(**flags):
+    """The words of a command line: as_flags(top_p=1, seed=[0, 1], resume=True) -> ["--top-p", "1", "--seed", "0", "1",
+    "--resume"]. What is False or None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
 
 
 def run_main(main_function, script):

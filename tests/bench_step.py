@@ -71,7 +71,7 @@ def our_step(model, tokenizer, prompts, ends, limit):
 
     def step():
         rollouts = grpo.collect(decoder, tokenizer, task, palette, next(steps), args, ranks)
-        done = grpo.update(model, optimizer, None, rollouts, args, ranks)
+        done = grpo.update(model, optimizer, rollouts, args, ranks)
         decoder.refresh()
         row = grpo.summary(rollouts, [done], args, ranks)
         assert row["log_ratio_start"] < 1e-5

@@ -285,7 +285,7 @@ def test_a_vae_of_another_beta_keeps_the_other_settings(tmp_path, monkeypatch):
     (["--sweep", "width=3"], "--sweep takes AXIS=VALUE,VALUE"), (["--sweep", "length=x"], "--sweep takes AXIS=VALUE,VALUE"),
     (["--analyse", "--independent"], "--analyse needs a VAE and one latent a sample"),
     (["--sweep", "length=2,-1"], "length must be from 0 to 1000000, not -1"), (["--sweep", "top_p=1,1.5"], "top-p must be from 1e-06 to 1, not 1.5"),
-    (["--temperature", "nan"], "temperature must be from 0 to 1000000, not nan"), (["--sweep", "beta=1", "--vae", "none"], "--sweep beta needs a VAE"),
+    (["--temperature", "nan"], "--temperature: must be at least 0 and finite, not nan"), (["--sweep", "beta=1", "--vae", "none"], "--sweep beta needs a VAE"),
     (["--sweep", "length=1", "--analyse"], "--analyse and --sweep are two jobs"), (["--task", "a", "a"], "each benchmark once"),
     (["--task", "tiny", "average"], "none of them average"),
     (["--task", "a", "b", "--test-data", "x.jsonl"], "--test-data with several tasks takes TASK=SOURCE"),

@@ -15,11 +15,12 @@ import torch
 import grpo
 import sft
 import vae as vae_script
-from grpo import (ALGORITHMS, Rollout, advantages, collect, guided_count, policy_loss, rho_at, rows_of_step, set_advantages,
+from grpo import (ALGORITHMS, Rollout, advantages, collect, guided_count, policy_loss, remember, rho_at, set_advantages,
                   set_weights, train, update)
-from prefix import Decoder, Palette, load_policy
+from prefix import Decoder, Palette, check_prompts, load_policy
 from rewards import Task, tiny_task
-from sft import Ranks, Run, make_optimizer
+from sft import Ranks, Run, make_optimizer, rows_of_step
+from vae import as_flags
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,10 +129,11 @@ def test_an_algorithm_sets_defaults_which_flags_override():
     assert grpo.parse_args(["--algorithm", "gspo", "--ratio", "token"]).ratio == "token"
     assert vars(grpo.parse_args([])) == vars(grpo.parse_args(["--algorithm", "grpo", "--model", "tiny"]))
     real = grpo.parse_args(["--model", "some/model", "--traces", "t.jsonl", "--steps", "7"])
-    assert (real.lr, real.steps, real.schedules, real.out) == (1e-6, 7, ["two-phase"], "runs/real")
+    assert (real.lr, real.steps, real.schedule, real.out) == (1e-6, 7, ["two-phase"], "runs/real")
 
 
 def weights_of(rollouts, mean_over, truncated="keep"):
+    rollouts = copy.deepcopy(rollouts)
     set_weights(rollouts, SimpleNamespace(mean_over=mean_over, truncated=truncated, max_new_tokens=10), ALONE)
     return [r.weight for r in rollouts]
 
@@ -163,18 +165,18 @@ def test_groups_without_signal_are_exactly_zero():
 
 def test_an_epoch_shows_every_row_once_and_the_next_one_in_another_order():
     task = Task("t", train=[{"question": str(i), "answer": "1"} for i in range(10)], test=[])
-    shown = [row["question"] for step in range(4) for row in rows_of_step(task, step, 5, seed=3)]
+    shown = [row["question"] for step in range(4) for row in rows_of_step(task.train, step, 5, seed=3)]
     assert sorted(shown[:10]) == sorted(shown[10:]) == sorted(str(i) for i in range(10)) and shown[:10] != shown[10:]
-    assert shown[5:10] == [row["question"] for row in rows_of_step(task, 1, 5, seed=3)]          # no state between calls
-    assert len(rows_of_step(task, 0, 25, seed=3)) == 25                                           # more than an epoch
+    assert shown[5:10] == [row["question"] for row in rows_of_step(task.train, 1, 5, seed=3)]          # no state between calls
+    assert len(rows_of_step(task.train, 0, 25, seed=3)) == 25                                           # more than an epoch
 
 
 def test_replacements_are_the_other_questions_and_leave_the_epoch_as_it_is():
     task = Task("t", train=[{"question": str(i), "answer": "1"} for i in range(12)], test=[])
-    rows = [[row["question"] for row in rows_of_step(task, step, 4, seed=3, extra=2)] for step in (0, 1)]
+    rows = [[row["question"] for row in rows_of_step(task.train, step, 4, seed=3, extra=2)] for step in (0, 1)]
     assert all(sorted(shown, key=int) == [str(i) for i in range(12)] for shown in rows)           # 4 + 2 x 4, none twice
-    assert rows[0][4:] != rows[1][4:] and rows[0][:4] == [row["question"] for row in rows_of_step(task, 0, 4, seed=3)]
-    assert len(rows_of_step(task, 0, 12, seed=3, extra=1)) == 24                                  # no other left: asked again
+    assert rows[0][4:] != rows[1][4:] and rows[0][:4] == [row["question"] for row in rows_of_step(task.train, 0, 4, seed=3)]
+    assert len(rows_of_step(task.train, 0, 12, seed=3, extra=1)) == 24                                  # no other left: asked again
 
 
 # ---- the update ---------------------------------------------------------------------------------------------------------
@@ -222,9 +224,11 @@ def gradient_of(model, rollouts, args, reference=None, ranks=ALONE):
 
     for r in rollouts:
         r.old = None                                                        # as if newly sampled
+    if args.kl:
+        remember("reference", reference, rollouts, args, ranks)
     original, grpo.apply_gradients = grpo.apply_gradients, grab
     try:
-        sums = update(model, make_optimizer(model, 1e-3), reference, rollouts, args, ranks)["sums"]
+        sums = update(model, make_optimizer(model, 1e-3), rollouts, args, ranks)["sums"]
     finally:
         grpo.apply_gradients = original
     return found, dict(zip(grpo.TOKEN_METRICS, sums.sum(0).tolist()))
@@ -311,7 +315,7 @@ def test_an_end_token_is_trained(model, tokenizer):
     likely = lambda: model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].log_softmax(-1)[end].item()
     rollout.logprobs, optimizer = [likely()], make_optimizer(model, 1e-3)
     before = likely()
-    update(model, optimizer, None, [rollout], args, ALONE)
+    update(model, optimizer, [rollout], args, ALONE)
     assert likely() > before + 0.01
 
 
@@ -353,15 +357,14 @@ def test_rollouts_in_bfloat16_are_corrected_by_tis(model, tokenizer, vae, task):
 
 
 def test_pi_old_stays_what_it_was_at_the_first_epoch(model, tokenizer, vae, task):
-    args = arguments(tis=2.0)
+    args = arguments(tis=2.0, epochs=3)
     rollouts = [r for r in rollouts_of(model, tokenizer, vae, task, args) if r.advantage]
-    optimizer, before = make_optimizer(model, 3e-3), copy.deepcopy(model)
-    for _ in range(3):
-        sums = update(model, optimizer, None, rollouts, args, ALONE)["sums"].sum(0)
-        assert sum(len(r.old) for r in rollouts) == int(sums[0])
-    assert sums[1] > 0                                                      # the ratio left the clip range
-    expected = gradient_of(before, rollouts, args) and [x for r in rollouts for x in r.old]
-    torch.testing.assert_close(torch.tensor(expected), torch.tensor([x for r in rollouts for x in r.logprobs]), atol=1e-5, rtol=0)
+    optimizer = make_optimizer(model, 3e-3)
+    remember("old", model, rollouts, args, ALONE)
+    old = [x for r in rollouts for x in r.old]
+    torch.testing.assert_close(torch.tensor(old), torch.tensor([x for r in rollouts for x in r.logprobs]), atol=1e-5, rtol=0)
+    clipped = [update(model, optimizer, rollouts, args, ALONE)["sums"].sum(0)[1] for _ in range(3)]
+    assert clipped[0] == 0 < clipped[2] and [x for r in rollouts for x in r.old] == old     # the ratio left the clip range
 
 
 class SomePrompts(Task):
@@ -423,8 +426,9 @@ def test_the_reward_is_the_weighted_sum_of_its_parts_and_each_is_logged(model, t
 def test_metrics_of_guided_and_unguided_tokens_add_up_to_the_whole(model, tokenizer, vae, task):
     args = arguments(kl=0.1)
     rollouts, other = rollouts_of(model, tokenizer, vae, task, args), copy.deepcopy(model)
-    update(model, make_optimizer(model, 1e-2), other, rollouts, args, ALONE)
-    row = grpo.summary(rollouts, [update(model, make_optimizer(model, 1e-2), other, rollouts, args, ALONE)], args, ALONE)
+    remember("reference", other, rollouts, args, ALONE)
+    update(model, make_optimizer(model, 1e-2), rollouts, args, ALONE)
+    row = grpo.summary(rollouts, [update(model, make_optimizer(model, 1e-2), rollouts, args, ALONE)], args, ALONE)
     guided = sum(len(r.completion_ids) for r in rollouts if r.guided)
     assert row["tokens_guided"] == guided and row["tokens_unguided"] == row["tokens"] - guided > 0
     for name in ("entropy", "kl", "clip_share", "log_ratio"):
@@ -432,11 +436,11 @@ def test_metrics_of_guided_and_unguided_tokens_add_up_to_the_whole(model, tokeni
         assert row[name] == pytest.approx((parts[0] * guided + parts[1] * row["tokens_unguided"]) / row["tokens"])
         assert parts[0] != parts[1] and min(parts) > 0
     alone, one = rollouts[0], arguments()
-    update(other, make_optimizer(other, 0.0), None, rollouts, one, ALONE)   # entropy of the guided rows, computed apart
+    update(other, make_optimizer(other, 0.0), rollouts, one, ALONE)   # entropy of the guided rows, computed apart
     inputs = torch.cat([alone.prefix, other.get_input_embeddings()(torch.tensor(alone.prompt_ids + alone.completion_ids))])
     logits = other(inputs_embeds=inputs[None]).logits[0, -len(alone.completion_ids) - 1:-1]
     alone.advantage = 1.0
-    sums = update(other, make_optimizer(other, 0.0), None, [alone], one, ALONE)["sums"]
+    sums = update(other, make_optimizer(other, 0.0), [alone], one, ALONE)["sums"]
     assert sums[1, -1].item() == pytest.approx(torch.distributions.Categorical(logits=logits).entropy().sum().item(), rel=1e-4)
 
 
@@ -447,7 +451,7 @@ def test_silent_rollouts_cost_no_forward_pass(model, tokenizer, vae, task, monke
         r.advantage = 0.0
     monkeypatch.setattr(grpo, "completion_logprobs", lambda *_: 1 / 0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    done = update(model, make_optimizer(model, 1e-3), None, rollouts, args, ALONE)
+    done = update(model, make_optimizer(model, 1e-3), rollouts, args, ALONE)
     assert done["gradient_norm"] == 0.0 and not done["sums"].any()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
@@ -481,8 +485,9 @@ def test_prefixes_of_every_source_reach_the_rollouts(model, tokenizer, vae, task
 def test_a_kl_term_pulls_towards_the_reference(model, tokenizer, vae, task):
     args = arguments(kl=0.5)
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
-    reference, optimizer = copy.deepcopy(model).requires_grad_(False), make_optimizer(model, 1e-2)
-    kl = lambda optimizer: update(model, optimizer, reference, rollouts, args, ALONE)["sums"][:, 4].sum().item()
+    optimizer = make_optimizer(model, 1e-2)
+    remember("reference", copy.deepcopy(model), rollouts, args, ALONE)
+    kl = lambda optimizer: update(model, optimizer, rollouts, args, ALONE)["sums"][:, 4].sum().item()
     assert kl(optimizer) == pytest.approx(0.0, abs=1e-4)                    # the policy still is the reference
     before = kl(make_optimizer(model, 1e-2))
     assert before > 1e-3
@@ -497,7 +502,8 @@ def test_the_flags_of_the_loss_reach_it_in_their_order(model, tokenizer, vae, ta
     rollouts = rollouts_of(model, tokenizer, vae, task, args)
     original = grpo.policy_loss
     monkeypatch.setattr(grpo, "policy_loss", lambda *a: seen.append((*a[6:10], a[11])) or original(*a))
-    update(model, make_optimizer(model, 1e-3), copy.deepcopy(model), rollouts, args, ALONE)
+    remember("reference", model, rollouts, args, ALONE)
+    update(model, make_optimizer(model, 1e-3), rollouts, args, ALONE)
     assert set(seen) == {("sequence", 0.1, 0.3, 4.0, 0.5)}
 
 
@@ -528,7 +534,7 @@ def test_pi_old_is_the_policy_of_the_rollouts_for_every_minibatch(tmp_path, poli
 
     def watch(*a):
         found = original(*a)
-        gaps.append(max(abs(x - y) for r in a[3] if r.old for x, y in zip(r.old, r.logprobs)))
+        gaps.append(max(abs(x - y) for r in a[2] if r.old for x, y in zip(r.old, r.logprobs)))
         return found
 
     monkeypatch.setattr(grpo, "update", watch)
@@ -637,22 +643,23 @@ def test_two_ranks_train_like_one(tmp_path, policy_folder, vae):
 def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(tmp_path, policy_folder):
     folder = tmp_path / "sft"
     folder.mkdir()
-    argv = ["--model", str(policy_folder), "--prefix", "noise", "--out", str(folder), "--traces", str(tmp_path / "traces.jsonl")]
+    flags = dict(model=policy_folder, prefix="noise", out=folder, traces=[tmp_path / "traces.jsonl"])
     (tmp_path / "traces.jsonl").write_text('{"question": "calc 1 ?", "answer": "so 1", "domain": "math"}\n')
     (folder / "config.json").write_text('{"lr": 1}')
     with pytest.raises(ValueError, match=r"another lr.*or replace it: python sft.py \.\.\. --overwrite"):
-        grpo.stage(sft.main, argv, "sft.py", ALONE)
+        sft.stage("sft.py", sft.main, flags, ALONE)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"sft/config.json is damaged"):
-        grpo.stage(sft.main, argv, "sft.py", ALONE)
+        sft.stage("sft.py", sft.main, flags, ALONE)
 
 
 def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     """So `python vae.py` or `python sft.py` after `python grpo.py` (or before) use one another's results."""
     built = {}
-    monkeypatch.setattr(grpo, "stage", lambda main, argv, script, *_, **__: built.setdefault(script, []).append(argv))
-    policies = grpo.prepare(grpo.parse_args([]), ALONE)
-    assert policies == {"none": "runs/tiny/sft-none/policy", "prior": "runs/tiny/sft/policy"}
+    monkeypatch.setattr(sft, "stage", lambda script, _, flags, __: built.setdefault(script.split()[0], []).append(
+        [*script.split()[1:], *as_flags(**flags)]))
+    policies = sft.prepare(grpo.parse_args([]), ALONE)
+    assert policies == {"none": "runs/tiny/sft-none/policy", **dict.fromkeys(("two-phase", "linear"), "runs/tiny/sft/policy")}
     assert vars(vae_script.parse_args(built["vae.py"][0])) == vars(vae_script.parse_args([]))
     for argv, alone in zip(built["sft.py"], (["pretrain"], ["--prefix", "none"], [])):
         settings = [{k: v for k, v in vars(sft.parse_args(flags)).items() if k not in ("resume", "device")}
@@ -662,7 +669,7 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
 
 def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
     started = {}
-    monkeypatch.setattr(grpo, "prepare", lambda *_: {"none": "plain", "prior": "prefixed"})
+    monkeypatch.setattr(sft, "prepare", lambda args, _: {name: "plain" if name == "none" else "prefixed" for name in args.schedule})
     monkeypatch.setattr(grpo, "train_one", lambda args, _, run, start:
                         started.update({run.folder.name: (start, args.schedule, args.seed)}))
     monkeypatch.setattr(grpo.evaluate, "close_rl", lambda _, folders, *__: started.update(folders=folders))
@@ -675,7 +682,7 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
 
 
 def test_a_folder_with_another_run_is_refused_before_the_first_run_of_several(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "prepare", lambda *_: 1 / 0)
+    monkeypatch.setattr(sft, "prepare", lambda *_: 1 / 0)
     Run(tmp_path / "grpo-linear-s1", {"lr": 1.0}, ALONE)
     with pytest.raises(ValueError, match="grpo-linear-s1 holds a run with another lr"):
         grpo.main(["--schedule", "none", "linear", "--seed", "0", "1", "--out", str(tmp_path), "--device", "cpu"])
@@ -685,21 +692,33 @@ def test_a_folder_with_another_run_is_refused_before_the_first_run_of_several(tm
 # ---- the command line ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("argv, message", [
-    (["--group", "1"], "--group must be at least 2, not 1"), (["--length", "-1"], "--length must be 0 or more"),
-    (["--temperature", "0"], "--temperature must be above 0"), (["--steps", "0"], "--steps must be at least 1"),
-    (["--model", "some/model"], "--traces is needed"), (["--source", "poetry"], "unknown --source 'poetry'"),
-    (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
-    (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
-    (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "rising tau"), (["--schedule", "0:nan"], "between"),
-    (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--resample", "-1"], "--resample must be 0 or more"),
-    (["--clip-low", "nan"], "--clip-low must be 0 or more"), (["--kl", "inf"], "--kl must be 0 or more"),
-    (["--reward", "accuracy=nan"], "accuracy=nan is not a number"), (["--seed", "1", "2", "1"], "--seed names 1 2 1"),
-    (["--schedule", "none", "none"], "--schedule names none none"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
+    (["--group", "1"], "--group: must be at least 2, not 1"), (["--length", "-1"], "--length: must be at least 0, not -1"),
+    (["--steps", "0"], "--steps: must be at least 1, not 0"), (["--resample", "-1"], "--resample: must be at least 0"),
+    (["--clip-low", "nan"], "--clip-low: must be at least 0 and finite, not nan"), (["--algorithm", "ppo"], "invalid choice: 'ppo'"),
+    (["--kl", "inf"], "--kl: must be at least 0 and finite, not inf"), (["--steps", "1.5"], "--steps: invalid int value: '1.5'"),
+    (["--keep", "0"], "--keep: must be at least 1, not 0"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         grpo.parse_args(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--temperature", "0"], "--temperature must be above 0"), (["--model", "some/model"], "--traces is needed"),
+    (["--source", "poetry"], "unknown prefix source 'poetry'"), (["--arms", "poetry"], "unknown arm 'poetry'"),
+    (["--reward", "beauty=1"], "unknown reward 'beauty'"), (["--reward", "accuracy=much"], "NAME=WEIGHT"),
+    (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
+    (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "of rising tau"), (["--schedule", "0:nan"], "between"),
+    (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--reward", "accuracy=nan"], "accuracy=nan is not a number"),
+    (["--seed", "1", "2", "1"], "--seed names 1 2 1"), (["--schedule", "none", "none"], "--schedule names none none"),
+    (["--top-p", "0"], "0 < top_p <= 1"), (["--prompts", "3", "--minibatches", "2"], "cannot be split over 1 ranks x 2 minibatches"),
+])
+def test_flags_that_cannot_work_together_end_before_any_work(argv, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(sft, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ValueError) as problem:
+        grpo.main([*argv, "--out", str(tmp_path)])
+    assert message in str(problem.value) and not list(tmp_path.iterdir())
 
 
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
@@ -714,4 +733,4 @@ def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path)
 
 def test_a_prompt_over_the_limit_is_named(tokenizer, task):
     with pytest.raises(ValueError, match="a prompt of 1[0-9] tokens is over --max-prompt 4.*'(calc|take)"):
-        grpo.check_prompts(task, tokenizer, arguments(max_prompt=4))
+        check_prompts(task.train, tokenizer, "", "auto", 4)

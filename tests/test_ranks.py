@@ -151,7 +151,7 @@ def half_silent(args):
     tiny = tiny_task(32, 8)
     task = HalfSilent("half", [dict(row) for row in tiny.train], tiny.test)
     for step in range(args.steps):
-        for row in grpo.rows_of_step(task, step, args.prompts, args.seed)[1::2]:
+        for row in sft.rows_of_step(task.train, step, args.prompts, args.seed)[1::2]:
             row["answer"] = "silent"
     return task
 

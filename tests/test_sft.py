@@ -371,9 +371,9 @@ def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsy
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--steps", "0"], "--steps must be at least 1, not 0"), (["--batch", "-3"], "--batch must be at least 1, not -3"),
-    (["--model", "some/model"], "--traces is needed"), (["--lr", "nan"], "--lr must be 0 or more, not nan"),
-    (["--lr-warmup", "-1"], "--lr-warmup must be 0 or more, not -1"), (["--length", "-1"], "--length must be 0 or more, not -1"),
+    (["--steps", "0"], "--steps: must be at least 1, not 0"), (["--batch", "-3"], "--batch: must be at least 1, not -3"),
+    (["--model", "some/model"], "--traces is needed"), (["--lr", "nan"], "--lr: must be at least 0 and finite, not nan"),
+    (["--lr-warmup", "-1"], "--lr-warmup: must be at least 0, not -1"), (["--length", "-1"], "--length: must be at least 0, not -1"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
