@@ -33,8 +33,8 @@ import sft
 from prefix import (PRECISIONS, SOURCES, Decoder, Palette, Sampling, add_sampling_flags, check_prompts, check_source,
                     completion_logprobs, end_ids, load_tokenizer, micro_batches, prompt_of, texts_of, whole)
 from rewards import PROMPT_STYLES, REWARDS, STYLES_OF, TASKS, load_task, overlong, reward_weights, stop_strings
-from sft import (Ranks, Run, apply_gradients, autocast, by_part, load_trainable, make_optimizer, means, rows_of_step, seed_of,
-                 set_learning_rate)
+from sft import (Ranks, Run, apply_gradients, autocast, by_part, load_reference, load_trainable, make_optimizer, means,
+                 rows_of_step, seed_of, set_learning_rate)
 from vae import VAE, add_flags, run_main
 
 # What tells the algorithms apart: the defaults of six flags, for advantages, set_weights, policy_loss and collect. In a first
@@ -439,7 +439,7 @@ def main(argv=None):
 def train_one(args, task, run, start):
     """One RL run from the warmed-up policy in the folder `start`."""
     model, tokenizer = load_trainable(start, run.ranks, args)
-    reference = load_trainable(start, run.ranks, args, frozen=True)[0] if args.kl else None
+    reference = load_reference(start, model, run.ranks, args) if args.kl else None
     source = "none" if args.schedule == "none" else args.source
     latents = None if source in ("none", "noise") else VAE.load(args.vae)
     palette = Palette(latents, whole(model.get_input_embeddings().weight.detach()), source, args.length, not args.independent)

@@ -128,20 +128,29 @@ def rows_of_step(rows, step, count, seed, extra=0):
 
 # ---- the model and its optimizer ----------------------------------------------------------------------------------------
 
-def load_trainable(name, ranks, args, frozen=False):
-    """(model, tokenizer) for a training loop. frozen: a reference that is only read, in bf16 with --precision bf16.
+def load_trainable(name, ranks, args):
+    """(model, tokenizer) for a training loop: fp32 weights, all trained but a vision tower's.
 
     --checkpointing keeps a layer's input alone and runs the layer again in the backward pass. With --fsdp each rank reads the
     model into its host's memory and moves its share of it to the device.
     """
-    dtype = torch.bfloat16 if frozen and args.precision == "bf16" else torch.float32
-    model, tokenizer = load_policy(name, "cpu" if ranks.fsdp else ranks.device, dtype)
-    model.requires_grad_(not frozen)
-    if args.checkpointing and not frozen:
+    model, tokenizer = load_policy(name, "cpu" if ranks.fsdp else ranks.device)
+    if args.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.model.layers:
+        for layer in text_model(model).layers:
             layer.training = True               # without it transformers ignores the call; what is inside stays in eval mode
     return shard(model, ranks, args.precision) if ranks.fsdp else model, tokenizer
+
+
+def load_reference(name, model, ranks, args):
+    """The policy that a KL term measures from: only read, in bf16 with --precision bf16, and sharded as `model` is. What
+    training leaves as it is (a vision tower) it shares with `model`."""
+    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    reference = load_policy(name, "cpu" if ranks.fsdp else ranks.device, dtype)[0].requires_grad_(False)
+    reference = shard(reference, ranks, args.precision) if ranks.fsdp else reference
+    for own, trained in zip(reference.parameters(), model.parameters()):
+        own.data = own.data if trained.requires_grad else trained.data
+    return reference
 
 
 def shard(model, ranks, precision):
@@ -150,6 +159,7 @@ def shard(model, ranks, precision):
     A layer's weights are gathered when it runs, forward and backward, and dropped after it; in bf16 with --precision bf16,
     while shares, gradients and residual stream are fp32. The tables of embedding and head are read outside of any module's
     forward, so `whole` (prefix.py) gathers them. Gradients of ranks are added, not averaged, as apply_gradients has it.
+    A vision tower, which is small and not trained, stays whole on every rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -162,10 +172,13 @@ def shard(model, ranks, precision):
               for weight in dict.fromkeys(module.weight for module in ends)}                        # one, where they are tied
     for module in ends:
         module.weight = tables[module.weight]
-    for part in (*model.model.layers, model.model):
+    text = text_model(model)
+    for part in (*text.layers, text):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=set(tables.values()))
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
+    if text is not model.model:
+        model.model.visual.to(ranks.device)
     return model
 
 

@@ -22,9 +22,10 @@ import torch.distributed.tensor  # noqa: F401
 
 import grpo
 import sft
-from prefix import Decoder, Palette, Sampling, load_policy, whole
-from rewards import tiny_task
-from sft import Ranks, Run, apply_gradients, lm_step, load_trainable, make_optimizer
+from prefix import Decoder, Palette, Sampling, load_policy, prompt_of, whole
+from rewards import tiny_scene_traces, tiny_task
+from sft import (Ranks, Run, apply_gradients, lm_step, load_reference, load_trainable, make_optimizer, tiny_vl_model,
+                 tiny_vl_processor)
 from test_grpo import FirstToken, arguments
 from test_sft import warm_args
 from vae import VAE, run_main
@@ -129,13 +130,45 @@ def hold_a_share(ranks, folder):
     apply_gradients(model, [optimizer], ranks)
     assert local(state["exp_avg_sq"] for state in optimizer.state.values()) == local(parameters)
     assert {p.dtype for p in parameters} == {torch.float32}
-    reference = load_trainable(str(folder), ranks, args, frozen=True)[0]
+    reference = load_reference(str(folder), model, ranks, args)
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16} and local(reference.parameters()) == local(parameters)
     assert not any(p.requires_grad for p in reference.parameters())
 
 
 def test_every_rank_holds_its_share_alone(policy_folder):
     run_ranks(hold_a_share, policy_folder)
+
+
+def see_a_little(ranks, folder, out, args):
+    """Three updates of a vision-language model on six scenes, saved after the second and read back before the third."""
+    model, reader = load_trainable(str(folder), ranks, args)
+    optimizer, run, norms = make_optimizer(model, 1e-3), Run(out, {}, ranks), []
+    rows = [(prompt_of(trace, reader), reader(trace["answer"], add_special_tokens=False)["input_ids"])
+            for trace in tiny_scene_traces(6, seed=0)]
+    for step in range(3):
+        if step == 2:
+            run.save(step, model, [optimizer])
+            model, optimizer = load_trainable(str(folder), ranks, args)[0], None
+            optimizer = make_optimizer(model, 1e-3)
+            assert run.restore(model, [optimizer])["step"] == 2
+        lm_step(model, ranks.own(rows), [None] * len(ranks.own(rows)), ranks, 200)
+        norms.append(apply_gradients(model, [optimizer], ranks))
+    run.finish(model, reader)
+    (run.folder / f"norms-{ranks.rank}.json").write_text(json.dumps(norms))
+
+
+def test_a_vision_language_model_trains_in_shares_beside_a_whole_tower(tmp_path):
+    tiny_vl_model(seed=1).save_pretrained(tmp_path / "vl")
+    tiny_vl_processor().save_pretrained(tmp_path / "vl")
+    args = warm_args(checkpointing=True)
+    see_a_little(ALONE, tmp_path / "vl", tmp_path / "alone", args)
+    run_ranks(see_a_little, tmp_path / "vl", tmp_path / "fsdp", args)
+    norms = [json.loads((tmp_path / name).read_text()) for name in ("alone/norms-0.json", "fsdp/norms-0.json", "fsdp/norms-1.json")]
+    assert norms[1] == norms[2] == pytest.approx(norms[0], rel=1e-5)
+    one, two, start = (policy_of(tmp_path / name) for name in ("alone/policy", "fsdp/policy", "vl"))
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-4)
+        assert torch.equal(value, start[key]) == ("visual." in key), key
 
 
 # ---- whole runs ---------------------------------------------------------------------------------------------------------
@@ -159,7 +192,7 @@ def half_silent(args):
 def rl(ranks, folder, vae, out, args, resume=False, die_after=None):
     """grpo.py's loop on the half-silent task; die_after: the optimizer step after which every rank fails."""
     model, tokenizer = load_trainable(str(folder), ranks, args)
-    reference = load_trainable(str(folder), ranks, args, frozen=True)[0] if args.kl else None
+    reference = load_reference(str(folder), model, ranks, args) if args.kl else None
     palette, count = Palette(VAE.load(vae), whole(model.get_input_embeddings().weight.detach()), "prior", args.length), []
     original = grpo.apply_gradients
 
@@ -188,6 +221,7 @@ def assert_close(one, two):
 
 
 def policy_of(out):
+    """The weights of a run folder, or of a policy's own."""
     return load_policy(str(out))[0].state_dict()
 
 

@@ -4,6 +4,7 @@ Random small models, nothing is pretrained or downloaded; about 15 s on one core
 """
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import prefix as prefix_module
 from prefix import Decoder, Palette, Prompt, Sampling, completion_logprobs, load_policy, prompt_of, rope_positions
 from rewards import (VL_STYLES, GroundingTask, box_iou, load_task, parse_box, tiny_scene, tiny_scene_answer, tiny_scene_style,
                      tiny_scene_traces)
-from sft import tiny_vl_model, tiny_vl_processor
+from sft import (Ranks, apply_gradients, lm_step, load_reference, load_trainable, make_optimizer, tiny_vl_model, tiny_vl_processor)
 from vae import VAE, GPTDecoder, Processor, load_traces, mean_pool, open_image, pool_parts, see_images, train_vae
 
 IMAGE_TOKEN, START, STOP, EOS, WIDTH = 5, 3, 4, (2, *range(12, 80, 7)), 64
@@ -341,6 +342,23 @@ def test_a_policy_folder_is_standard_and_reads_images(vl):
     from sft import tiny_tokenizer
     with pytest.raises(ValueError, match="reads text only"):
         prompt_of({"question": "box", "image": scene["image"]}, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(vl, checkpointing):
+    alone, args = Ranks(0, 1, torch.device("cpu")), SimpleNamespace(precision="fp32", checkpointing=checkpointing)
+    name = str(vl["folder"] / "policy")
+    model, reader = load_trainable(name, alone, args)
+    reference = load_reference(name, model, alone, args)
+    before, rows = {key: p.clone() for key, p in model.named_parameters()}, []
+    for trace in vl["traces"][:3]:
+        rows.append((prompt_of(trace, reader), reader(trace["answer"], add_special_tokens=False)["input_ids"]))
+    assert any(prompt.image for prompt, _ in rows if hasattr(prompt, "image"))
+    lm_step(model, rows, [None] * 3, alone)
+    apply_gradients(model, [make_optimizer(model, 1e-3)], alone)
+    for (key, p), other in zip(model.named_parameters(), reference.parameters()):
+        assert torch.equal(p, before[key]) == (".visual." in key) and torch.equal(other, before[key]), key
+        assert (p.data_ptr() == other.data_ptr()) == (".visual." in key) and not other.requires_grad
 
 
 def test_pretraining_warmup_rl_and_arms_run(tmp_path, monkeypatch):
