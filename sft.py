@@ -562,15 +562,16 @@ def tiny_vl_model(seed=0):
         vision_end_token_id=word[VISION_END], tie_word_embeddings=True))
 
 
-def tiny_batch(seed, step, batch, length, word_id, table):
-    """The text world's documents of one step, as embed_documents gives them."""
+def tiny_batch(seed, step, batch, length, model, tokenizer):
+    """The text world's documents of one step, as embed_documents gives them; positions are the columns (None)."""
     rng = random.Random(seed_of(seed, "document", step))
-    return embed_documents([tiny_document(rng, length) for _ in range(batch)], word_id, table)
+    return *embed_documents([tiny_document(rng, length) for _ in range(batch)], model, tokenizer), None
 
 
-def embed_documents(documents, word_id, table):
+def embed_documents(documents, model, tokenizer):
     """Documents (words, n_title, soft) -> ids [B, T], input embeddings [B, T, d] (soft title rows are means of bags), weights
     [B, T]: 1 where the word is to be predicted, 0 in titles, pads and inside questions, which hold nothing to learn."""
+    word_id, table = tokenizer.get_vocab(), model.get_input_embeddings().weight
     longest = max(len(words) for words, _, _ in documents)
     ids = torch.tensor([[word_id[word] for word in words] + [word_id[PAD]] * (longest - len(words))
                         for words, _, _ in documents])                                                 # [B, T]
@@ -588,62 +589,42 @@ def embed_documents(documents, word_id, table):
     return ids, embeddings, weights.float()
 
 
-def tiny_vl_batch(seed, step, batch, processor, word_id, model):
+def tiny_vl_batch(seed, step, batch, _, model, processor):
     """The drawn world's documents of one step: also the pictures' rows from the vision tower, and rotary positions [3, B, T]."""
     rng = random.Random(seed_of(seed, "scene document", step))
     documents = [tiny_scene_document(rng, (SIDE // 14) ** 2) for _ in range(batch)]
-    table = model.get_input_embeddings().weight
-    ids, embeddings, weights = embed_documents([document[:3] for document in documents], word_id, table)
+    ids, embeddings, weights = embed_documents([document[:3] for document in documents], model, processor)
     pictures = [processor.read(image) for *_, image in documents]
-    embeddings = embeddings.masked_scatter((ids == word_id[IMAGE])[:, :, None], torch.cat(see_images(model, pictures)))
+    at_image = (ids == model.config.image_token_id)[:, :, None]                                        # [B, T, 1]
+    embeddings = embeddings.masked_scatter(at_image, torch.cat(see_images(model, pictures)))
     return ids, embeddings, weights, rope_positions(model, ids.tolist(), [()] * batch, pictures, ids.shape[1])
 
 
-def pretrain(out, seed=0, steps=900, batch=32, length=80, world="tiny", resume=False, overwrite=False, save_every=200):
+def pretrain(out, seed=0, steps=900, batch=32, length=80, world="tiny", resume=False, overwrite=False, save_every=200, keep=2):
     """Make the base of a tiny world ("tiny" or "tiny-vl") in `out`: policy/ (a Hugging Face folder) and traces.jsonl.
 
     Returns the Run. length: words of a document (a scene's document is as long as it is).
     """
-    ranks = Ranks.start("cpu")
+    ranks, vl = Ranks.start("cpu"), world == "tiny-vl"
     config = dict(stage="pretrain", seed=seed, steps=steps, batch=batch, length=length, world=world)
-    run = Run(out, config, ranks, resume, overwrite)
-    if run.finished:
-        return run
-    if run.writes:
+    run = Run(out, config, ranks, resume, overwrite, keep)
+    if run.writes and not run.finished:
         run.ranks = Ranks(0, 1, ranks.device)           # rank 0 works alone: the model is too small to share
-        (_pretrain_vl if world == "tiny-vl" else _pretrain_text)(run, seed, steps, batch, length, save_every)
+        model, reader = (tiny_vl_model(seed), tiny_vl_processor()) if vl else (tiny_model(seed), tiny_tokenizer())
+        make_batch = tiny_vl_batch if vl else tiny_batch
+        _pretrain(run, model, lambda step: make_batch(seed, step, batch, length, model, reader), steps, save_every)
+        leak = (style_leak_vl if vl else style_leak)(model, reader)
+        print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
+              f"(trained at {f'{VL_LEAK:.2%} for box and place' if vl else f'{CHAT_LEAK:.2%} for math and code'})")
+        run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
+        traces = tiny_scene_traces(1500, seed) if vl else tiny_traces(3000, seed)
+        write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
+        run.finish(model.eval(), reader)
     ranks.wait()
     return run
 
 
-def _pretrain_text(run, seed, steps, batch, length, save_every):
-    model, tokenizer = tiny_model(seed), tiny_tokenizer()
-    word_id, table = {word: i for i, word in enumerate(TINY_VOCABULARY)}, model.get_input_embeddings().weight
-    make_batch = lambda step: (*tiny_batch(seed, step, batch, length, word_id, table), None)
-    _pretrain(run, model, tokenizer, make_batch, steps, save_every)
-    leak = style_leak(model, tokenizer)
-    _close(run, steps, model, tokenizer, leak, f"{CHAT_LEAK:.2%} for math and code", tiny_traces(3000, seed))
-
-
-def _pretrain_vl(run, seed, steps, batch, _, save_every):
-    model, processor = tiny_vl_model(seed), tiny_vl_processor()
-    word_id = {word: i for i, word in enumerate(VL_VOCABULARY)}
-    make_batch = lambda step: tiny_vl_batch(seed, step, batch, processor, word_id, model)
-    _pretrain(run, model, processor, make_batch, steps, save_every)
-    leak = style_leak_vl(model, processor)
-    _close(run, steps, model, processor, leak, f"{VL_LEAK:.2%} for box and place", tiny_scene_traces(1500, seed))
-
-
-def _close(run, steps, model, tokenizer, leak, trained, traces):
-    """Log and print the leak, write traces.jsonl and policy/. trained: the leak's share in the documents, in words."""
-    run.log("metrics", {"step": steps, **{f"leak_{name}": share for name, share in leak.items()}})
-    print(f"without context an answer opens in style {', '.join(f'{name} {share:.3%}' for name, share in leak.items())} "
-          f"(trained at {trained})")
-    write_text(run.folder / "traces.jsonl", "".join(json.dumps(row) + "\n" for row in traces))
-    run.finish(model.eval(), tokenizer)
-
-
-def _pretrain(run, model, tokenizer, make_batch, steps, save_every):
+def _pretrain(run, model, make_batch, steps, save_every):
     """The loop of both worlds. Muon (hidden matrices) and AdamW (the rest), both from torch.optim: AdamW alone needs more steps.
 
     make_batch(step) -> ids [B, T], embeddings [B, T, d], weights [B, T], rotary positions [3, B, T] or None.
@@ -781,7 +762,8 @@ def main(argv=None):
     args = parse_args(argv)
     ranks = Ranks.start(args.device, args.fsdp)
     if args.stage == "pretrain":
-        run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite)
+        run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite, args.save_every,
+                       args.keep)
         return print(f"the tiny base is in {run.folder}/policy") if ranks.rank == 0 else None
     needs_vae = args.prefix not in ("none", "noise")
     if ranks.rank == 0:                                 # what is missing of the tiny world is made once

@@ -326,12 +326,12 @@ def test_seeds_are_fixed_and_distinct():
     assert len({seed_of(s, "rollout", a, b) for s in range(5) for a in range(20) for b in range(20)}) == 2000
 
 
-def test_tiny_documents_weigh_what_is_to_be_learnt():
-    table = torch.randn(len(TINY_VOCABULARY), 16)
-    ids, embeddings, weights = tiny_batch(0, 0, 16, 80, WORD_ID, table)
-    assert ids.shape == weights.shape == (16, 80) and embeddings.shape == (16, 80, 16)
-    assert torch.equal(ids, tiny_batch(0, 0, 16, 80, WORD_ID, table)[0])
-    assert not torch.equal(ids, tiny_batch(0, 1, 16, 80, WORD_ID, table)[0])
+def test_tiny_documents_weigh_what_is_to_be_learnt(model, tokenizer):
+    table = model.get_input_embeddings().weight.detach()
+    ids, embeddings, weights, positions = tiny_batch(0, 0, 16, 80, model, tokenizer)
+    assert ids.shape == weights.shape == (16, 80) and embeddings.shape == (16, 80, 128) and positions is None
+    assert torch.equal(ids, tiny_batch(0, 0, 16, 80, model, tokenizer)[0])
+    assert not torch.equal(ids, tiny_batch(0, 1, 16, 80, model, tokenizer)[0])
     for row, weight in zip(ids.tolist(), weights.tolist()):
         words = [TINY_VOCABULARY[i] for i in row]
         inside = False
