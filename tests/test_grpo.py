@@ -671,14 +671,15 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
     started = {}
     monkeypatch.setattr(sft, "prepare", lambda args, _: {name: "plain" if name == "none" else "prefixed" for name in args.schedule})
     monkeypatch.setattr(grpo, "train_one", lambda args, _, run, start:
-                        started.update({run.folder.name: (start, args.schedule, args.seed)}))
+                        started.update({run.folder.name: (start, args.schedule, args.seed, run.keep)}))
     monkeypatch.setattr(grpo.evaluate, "close_rl", lambda _, folders, *__: started.update(folders=folders))
     schedules = ["none", "linear", "0:0", "0:1,0.5:0"]
-    grpo.main(["--schedule", *schedules, "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu"])
+    grpo.main(["--schedule", *schedules, "--source", "noise", "--seed", "0", "3", "--out", str(tmp_path), "--device", "cpu",
+               "--keep", "5"])
     assert {name: len(runs) for name, runs in started.pop("folders").items()} == dict.fromkeys(schedules, 2)
     assert {name: start for name, start in started.items() if name.endswith("3")} == {
-        "grpo-none-s3": ("plain", "none", 3), "grpo-linear-noise-s3": ("prefixed", "linear", 3),
-        "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3)}
+        "grpo-none-s3": ("plain", "none", 3, 5), "grpo-linear-noise-s3": ("prefixed", "linear", 3, 5),
+        "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3, 5), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3, 5)}
 
 
 def test_a_folder_with_another_run_is_refused_before_the_first_run_of_several(tmp_path, monkeypatch):
