@@ -1,4 +1,5 @@
 """vae.py in isolation: the formulas against hand-computed numbers, the files, and the sentences for bad input."""
+import argparse
 import json
 import math
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 import vae as vae_script
-from vae import VAE, fit_domains, load_traces, mean_pool, pca, report, train_vae
+from vae import VAE, add_flags, as_flags, fit_domains, load_traces, mean_pool, pca, report, train_vae
 
 
 class Words:
@@ -204,3 +205,33 @@ def test_report_on_a_vae_that_carries_nothing():
     assert figures["reconstruction"] == figures["predict_the_mean"] == pytest.approx(1.0)
     assert figures["active_units"] == 0 and figures["kl_per_dimension"] == [0.0, 0.0]
     assert figures["token_embedding_norm"] == pytest.approx(math.sqrt(3), abs=1e-4)
+
+
+# ---- flags --------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def parser():
+    parser = argparse.ArgumentParser(prog="script.py")
+    add_flags(parser, "group", switch=(False, "a switch"), some_numbers=([1, 2], "numbers"), words=([str], "words (default: all)", "WORD"),
+              share=(0.5, "a share", 0), kind=("a", "a kind", ("a", "b")), count=(int, "a count (default: as many as fit)", 1))
+    return parser
+
+
+def test_flags_take_type_default_and_help_from_their_line(parser):
+    assert vars(parser.parse_args([])) == dict(switch=False, some_numbers=[1, 2], words=None, share=0.5, kind="a", count=None)
+    given = dict(switch=True, some_numbers=[3], words=["a b", "c"], share=1e-6, kind="b", count=4)
+    assert vars(parser.parse_args(as_flags(**given))) == given
+    assert as_flags(switch=False, count=None, share=0.0) == ["--share", "0.0"]
+    text = " ".join(parser.format_help().split())
+    for part in ("group:", "a switch (default: off)", "a share (default: 0.5)", "words (default: all)", "--words WORD [WORD ...]"):
+        assert part in text
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--share", "-0.1"], "--share: must be at least 0 and finite, not -0.1"), (["--share", "nan"], "not nan"),
+    (["--share", "inf"], "not inf"), (["--count", "0"], "--count: must be at least 1, not 0"), (["--count", "1.5"], "invalid int value"),
+    (["--kind", "c"], "invalid choice: 'c'"), (["--some-numbers"], "expected at least one argument")])
+def test_a_flag_that_cannot_be_right_is_one_sentence(parser, argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
