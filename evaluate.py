@@ -45,10 +45,10 @@ import torch
 from tqdm import tqdm
 
 import vae as vae_stage
-from prefix import Decoder, Palette, Sampling, end_ids, load_policy, prompt_of, texts_of
+from prefix import Decoder, Palette, Sampling, check_source, end_ids, load_policy, prompt_of, texts_of
 from rewards import (PROMPT_STYLES, STYLES, STYLES_OF, TASKS, GroundingTask, answers_equal, load_task, parse_box,
                      stop_strings)
-from sft import Ranks, seed_of
+from sft import device_of, seed_of
 from vae import (VAE, add_flags, as_flags, find_model, find_vae, open_image, pca, read_json, require_same, run_main,
                  write_text)
 
@@ -175,9 +175,24 @@ def arms_of(names, domains, temperature, with_vae=True):
     return {name: arms[name] for name in names}
 
 
+def check_names(args):
+    """ValueError for a prefix source or an arm of grpo.py's flags that there is not, as far as the domains are known: those of
+    the VAE, if it is there; else those that --traces names (if it names none, the rows do)."""
+    vae, specs = Path(args.vae or Path(args.out, "vae")), args.traces or [f"{domain}=" for domain in STYLES_OF[args.model]]
+    trained, domains = (vae / "config.json").is_file(), [spec.partition("=")[0] for spec in specs if "=" in spec]
+    if trained or len(domains) == len(specs):
+        domains = VAE.load(vae).domains if trained else domains
+        check_source(args.source, domains)
+        arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
+
+
 # What decides an answer; the other flags may differ when an evaluation is resumed.
 SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples", "length", "independent", "temperature",
             "top_p", "max_new_tokens", "dtype", "seed")
+
+
+def settings_of(args):
+    return {name: getattr(args, name) for name in SETTINGS}
 
 
 def read_samples(out):
@@ -204,7 +219,7 @@ def write_samples(out, results, add=False):
 def finished_arms(args, tasks):
     """The complete arms that an interrupted evaluation of the same settings left in --out. Without --resume it starts anew, and
     the samples that are there are kept as samples.before.jsonl."""
-    out, settings, results = Path(args.out), {name: getattr(args, name) for name in SETTINGS}, {}
+    out, settings, results = Path(args.out), settings_of(args), {}
     out.mkdir(parents=True, exist_ok=True)
     if args.resume and (out / "config.json").is_file():
         require_same(f"{out} holds an evaluation", read_json(out / "config.json"), settings, "leave out --resume to start anew")
@@ -640,10 +655,11 @@ def draw_curves(plt, folders):
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), sharey=True)
     titles = {"reward_guided": "reward of guided rollouts", "reward_unguided": "reward of unguided rollouts",
               "eval_accuracy": "greedy accuracy without prefix"}
-    labels = {}
-    for folder in folders:
-        labels.setdefault(Path(folder).name.rsplit("-s", 1)[0], []).append(metrics_of(folder))
-    for i, (label, runs) in enumerate(labels.items()):
+    paths, labels = [Path(folder).resolve() for folder in folders], {}
+    for path in paths:                                      # runs of several --out are told apart by it
+        name = path.name if len({path.parent for path in paths}) == 1 else f"{path.parent.name}/{path.name}"
+        labels.setdefault((path.parent, name.rsplit("-s", 1)[0]), []).append(metrics_of(path))
+    for i, ((_, label), runs) in enumerate(labels.items()):
         for axis, name in zip(axes, titles):
             curves = [running_mean([(row["step"], row[name]) for row in rows if row.get(name) is not None],
                                    1 if name == "eval_accuracy" else 5) for rows in runs]         # 64 rollouts a step are noisy
@@ -653,7 +669,9 @@ def draw_curves(plt, folders):
             axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(runs)} seeds)")
             axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, linewidth=0)
     for axis, title in zip(axes, titles.values()):
-        axis.set(title=title, xlabel="step", ylim=(-0.02, 1.02))
+        axis.set(title=title, xlabel="step")
+    low, high = axes[0].get_ylim()                          # shared; penalties reach below 0, weighted sums above 1
+    axes[0].set_ylim(min(low, -0.02), max(high, 1.02))
     axes[0].set_ylabel("mean over rollouts or questions")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
@@ -933,7 +951,7 @@ def main(argv=None):
     tasks = [load_task(name, test=args.test_data.get(name), splits=("test",)) for name in args.task]
     args.model, began = find_model(args.model), time.time()
     vae = None if args.vae == "none" else find_vae(args.vae, args.model)
-    device = Ranks.start(args.device).device
+    device = torch.device(device_of(args.device))
     model, tokenizer = load_policy(args.model, device, getattr(torch, args.dtype))
     lab = Lab(Decoder(model, end_ids(model, tokenizer), args.slots), tokenizer, model.get_input_embeddings().weight.detach(), vae)
     asked = ", ".join(f"{len(task.test[:args.questions])} questions of {task.name}" for task in tasks)
@@ -961,9 +979,13 @@ def close_rl(args, folders, policies, device):
     if args.arms != ["none"]:
         policy = next((policy for schedule, policy in policies.items() if schedule != "none"), policies.get("none"))
         print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
-        main(as_flags(model=policy, vae=args.vae, task=args.task, test_data=args.test_data, prompt=args.prompt, device=args.device,
-                      questions=args.arm_questions, samples=args.arm_samples, arms=args.arms, length=args.length, slots=args.slots,
-                      independent=args.independent, max_new_tokens=args.max_new_tokens, out=root / "evaluation"))
+        argv, known = as_flags(
+            model=policy, vae=args.vae, task=args.task, test_data=args.test_data, prompt=args.prompt, device=args.device,
+            questions=args.arm_questions, samples=args.arm_samples, arms=args.arms, length=args.length, slots=args.slots,
+            independent=args.independent, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
+            out=root / "evaluation"), root / "evaluation" / "config.json"
+        same = args.resume and known.is_file() and read_json(known) == settings_of(parse_args(argv))
+        main([*argv, *as_flags(resume=same)])
     name = f"{args.algorithm}-{args.source}"
     picture = draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")

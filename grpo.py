@@ -22,7 +22,6 @@ import math
 import random
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +29,12 @@ from tqdm import tqdm
 
 import evaluate
 import sft
-from prefix import (PRECISIONS, SOURCES, Decoder, Palette, Sampling, add_sampling_flags, check_prompts, check_source,
-                    completion_logprobs, end_ids, load_tokenizer, micro_batches, prompt_of, texts_of, whole)
-from rewards import PROMPT_STYLES, REWARDS, STYLES_OF, TASKS, load_task, overlong, reward_weights, stop_strings
+from prefix import (PRECISIONS, SOURCES, Decoder, Palette, Sampling, add_sampling_flags, check_prompts,
+                    completion_logprobs, end_ids, micro_batches, prompt_of, texts_of, whole)
+from rewards import PROMPT_STYLES, REWARDS, TASKS, load_task, overlong, reward_weights, stop_strings
 from sft import (Ranks, Run, apply_gradients, autocast, by_part, load_reference, load_trainable, make_optimizer, means,
                  rows_of_step, seed_of, set_learning_rate)
-from vae import VAE, add_flags, run_main
+from vae import VAE, add_flags, check_traces, run_main
 
 # What tells the algorithms apart: the defaults of six flags, for advantages, set_weights, policy_loss and collect. In a first
 # update, where every ratio is 1, the gradient of gspo is that of grpo, and dr-grpo's is rloo's times (G - 1) / G.
@@ -205,9 +204,9 @@ def set_weights(rollouts, args, ranks):
     """
     kept = [r for r in rollouts if not (args.truncated == "mask" and r.finish == "length")]
     tokens, count = ranks.total([sum(len(r.completion_ids) for r in kept), len(kept)])
-    per = {"token": lambda n: tokens, "sequence": lambda n: n * count, "constant": lambda n: count * args.max_new_tokens}
     for r in kept:
-        r.weight = 1.0 / per[args.mean_over](len(r.completion_ids))
+        shares = {"token": tokens, "sequence": len(r.completion_ids) * count, "constant": args.max_new_tokens * count}
+        r.weight = 1.0 / shares[args.mean_over]
 
 
 def score(model, rows, args, ranks, with_entropy=False):
@@ -237,7 +236,7 @@ def update(model, optimizer, rollouts, args, ranks):
     set_weights(rollouts, args, ranks)
     live = [r for r in rollouts if r.weight and (r.advantage or args.kl)]
     loss_sum, sums = 0.0, torch.zeros(2, len(TOKEN_METRICS), dtype=torch.float64)
-    tensor = partial(torch.tensor, device=ranks.device)
+    tensor = lambda values, dtype=None: torch.tensor(values, dtype=dtype, device=ranks.device)
     for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
         rows = [live[i] for i in group]
         logprobs, entropy = score(model, rows, args, ranks, True)                                       # [N], [N]
@@ -265,13 +264,17 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     start = run.restore(model, [optimizer])["step"]
     decoder = Decoder(model, end_ids(model, tokenizer), args.slots, dtype=PRECISIONS[args.rollout_precision])
-    evaluated = lambda: evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
+
+    def evaluated(step):
+        accuracy = evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
+        run.keep_best(step, accuracy, model, tokenizer)
+        return accuracy
+
     if start == 0:
-        run.log("metrics", {"step": 0, "eval_accuracy": evaluated()})
+        run.log("metrics", {"step": 0, "eval_accuracy": evaluated(0)})
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.folder.name, disable=not run.writes)
     for step in bar:
-        began = time.time()
-        set_learning_rate(optimizer, args, step)
+        began, lr = time.time(), set_learning_rate(optimizer, args, step)
         rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
         rolled = time.time()
         decoder.refresh()                                   # its packed weights are not held over the update
@@ -283,10 +286,9 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         updates = [update(model, optimizer, rollouts[start:start + share], args, ranks)
                    for _ in range(args.epochs) for start in range(0, len(rollouts), share)]
         row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
-               "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
+               "lr": lr, "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["eval_accuracy"] = evaluated()
-            run.keep_best(step + 1, row["eval_accuracy"], model, tokenizer)
+            row["eval_accuracy"] = evaluated(step + 1)
         shown = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")
         bar.set_postfix({name: row[name] for name in shown if row.get(name) is not None},
                         tokens_s=row["rollouts"] * row["length"] / max(row["seconds"], 1e-3))
@@ -385,17 +387,17 @@ def check(args):
     wrong = {"--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing": args.temperature == 0,
              f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1": 0 < args.tis < 1,
              "--traces is needed to train the VAE and warm up a model of your own": not (args.traces or args.model in DEFAULTS)}
+    wrong["--source none and --length 0 inject nothing: --schedule none says so"] = \
+        args.schedule != ["none"] and (args.source == "none" or args.length == 0)
     for flag, values in (("schedule", args.schedule), ("seed", args.seed)):
         wrong[f"--{flag} names {' '.join(map(str, values))}: each run once"] = len(set(values)) < len(values)
     if any(wrong.values()):
         raise ValueError(next(why for why in wrong if wrong[why]))
-    domains = STYLES_OF.get(args.model) or [spec.partition("=")[0] for spec in args.traces if "=" in spec]
-    if args.model in DEFAULTS or len(domains) == len(args.traces):                # else rows or VAE name the domains
-        check_source(args.source, domains)
-        evaluate.arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
     for schedule in args.schedule:
         points_of(schedule)
     Sampling.of(args)
+    check_traces(args.traces)
+    evaluate.check_names(args)
 
 
 def runs_of(args):
@@ -416,13 +418,12 @@ def main(argv=None):
     ranks, task = Ranks.start(args.device, args.fsdp), load_task(args.task, args.train_data, args.test_data)
     if args.prompts % (ranks.world * args.minibatches):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
-    if args.model not in DEFAULTS:
-        check_prompts(task.train + task.test[:args.eval_questions], load_tokenizer(args.model), task.instruction, args.prompt,
-                      args.max_prompt)
+    check_prompts(task.train + task.test[:args.eval_questions], task.instruction, args)
     for _, folder, settings in runs_of(args):               # all of them are checked before any work
         if (folder / "config.json").is_file() and not args.overwrite:
             sft.is_finished(folder, settings, args.resume)
     policies, folders = sft.prepare(args, ranks), {}
+    evaluate.check_names(args)
     for own, folder, settings in runs_of(args):
         run = Run(folder, settings, ranks, args.resume, args.overwrite, args.keep)
         folders.setdefault(own.schedule, []).append(folder)
@@ -430,8 +431,7 @@ def main(argv=None):
             train_one(own, task, run, policies[own.schedule])
         elif ranks.rank == 0:
             print(f"using {folder}")
-    if ranks.world > 1:
-        torch.distributed.destroy_process_group()
+    ranks.leave()                                           # the others end here
     if ranks.rank == 0:
         evaluate.close_rl(args, folders, policies, ranks.device)
 

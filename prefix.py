@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 from rewards import IMAGE, VISION_END, VISION_START, prompt_ids, tiny_vl_task
-from vae import Processor, add_flags, find_model, find_vae, model_class, read_tokenizer, run_main, see_images
+from vae import TINY_BASES, Processor, add_flags, find_model, find_vae, model_class, read_tokenizer, reason, run_main, see_images
 
 # ------------------------------------------------------------------------------------------------------------------------
 # 1. The palette: where prefixes come from
@@ -59,7 +59,7 @@ def load_tokenizer(name):
     try:
         return read_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, a folder written by "
+        raise ValueError(f"cannot load the model '{name}': {reason(error)} (give a hub name, a folder written by "
                          "save_pretrained, or tiny)") from None
 
 
@@ -73,7 +73,7 @@ def load_policy(name, device="cpu", dtype=torch.float32):
     try:
         model = model_class(name).from_pretrained(name, dtype=dtype).to(device).eval()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the weights of '{name}': {str(error).splitlines()[0]}") from None
+        raise ValueError(f"cannot load the weights of '{name}': {reason(error)}") from None
     if isinstance(tokenizer, Processor):
         model.model.visual.requires_grad_(False)
     return model, tokenizer
@@ -197,13 +197,26 @@ def prompt_of(row, tokenizer, instruction="", style="auto"):
     return Prompt(prompt_ids(text, tokenizer, instruction, style), image)
 
 
-def check_prompts(rows, tokenizer, instruction, style, longest):
-    """Raises ValueError for a task row whose prompt has over `longest` tokens: before a run, not when its turn comes."""
+def check_prompts(rows, instruction, args):
+    """ValueError for a task row that --model cannot read, or whose rollout would be too long: before a run, not in it.
+
+    The tiny bases may not be there yet, and their own questions are short; only images are asked after.
+    """
+    if args.model in TINY_BASES:
+        if any(row.get("image") is not None for row in rows) and args.model == "tiny":
+            raise ValueError("the task's rows have images, but tiny reads text only: use --model tiny-vl")
+        return
+    from transformers import AutoConfig
+    tokenizer = load_tokenizer(args.model)
+    positions = AutoConfig.from_pretrained(find_model(args.model)).get_text_config().max_position_embeddings
     for row in rows:
-        length = len(prompt_of(row, tokenizer, instruction, style))
-        if length > longest:
-            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {longest}: raise it, or drop the question "
+        length = len(prompt_of(row, tokenizer, instruction, args.prompt))
+        if length > args.max_prompt:
+            raise ValueError(f"a prompt of {length} tokens is over --max-prompt {args.max_prompt}: raise it, or drop the question "
                              f"{row['question'][:80]!r}")
+        if length + args.length + args.max_new_tokens > positions:
+            raise ValueError(f"--length {args.length}, a prompt of {length} tokens and --max-new-tokens {args.max_new_tokens} are "
+                             f"more than the {positions} positions of {args.model}")
 
 
 def visual_tokens(model, image):

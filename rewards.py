@@ -938,6 +938,8 @@ def reward_weights(items):
             raise ValueError(f"unknown reward '{name}': choose from {', '.join(REWARDS)}")
         if not abs(weights[name]) < float("inf"):
             raise ValueError(f"--reward {name}={weight} is not a number to weigh by")
+    if len(weights) < len(items) or not any(weights.values()):
+        raise ValueError(f"--reward {' '.join(items)}: each name once, and a weight that is not 0")
     return weights
 
 

@@ -27,6 +27,7 @@ import shlex
 import shutil
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,12 +38,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import vae as vae_stage
-from prefix import Palette, completion_logprobs, load_policy, micro_batches, prompt_of, rope_positions, text_model, whole
-from rewards import (ANSWER, CHAT_LEAK, END, IMAGE, PAD, QUESTION, SIDE, STYLES, TINY_CHAT_TEMPLATE, TINY_VOCABULARY, VISION_END,
-                     VISION_START, VL_LEAK, VL_STYLE_WORDS, VL_VOCABULARY, prompt_ids, tiny_answer, tiny_document, tiny_question,
-                     tiny_scene_document, tiny_scene_traces, tiny_task, tiny_traces, tiny_vl_task)
-from vae import (TINY_BASES, VAE, Processor, add_flags, as_flags, find_model, find_vae, load_traces, read_json, require_same,
-                 run_main, see_images, tiny_defaults, write_text)
+from prefix import (Palette, check_source, completion_logprobs, load_policy, micro_batches, prompt_of, rope_positions, text_model,
+                    whole)
+from rewards import (ANSWER, CHAT_LEAK, END, IMAGE, PAD, QUESTION, SIDE, STYLES, STYLES_OF, TINY_CHAT_TEMPLATE, TINY_VOCABULARY,
+                     VISION_END, VISION_START, VL_LEAK, VL_STYLE_WORDS, VL_VOCABULARY, prompt_ids, tiny_answer, tiny_document,
+                     tiny_question, tiny_scene_document, tiny_scene_traces, tiny_task, tiny_traces, tiny_vl_task)
+from vae import (TINY_BASES, VAE, Processor, add_flags, as_flags, check_traces, find_model, find_vae, load_traces, read_json,
+                 reason, require_same, run_main, see_images, tiny_defaults, write_text)
 
 # ---- ranks --------------------------------------------------------------------------------------------------------------
 
@@ -66,12 +68,7 @@ class Ranks:
         wait: rank 0 may fetch a model or train a VAE meanwhile.
         """
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from None
+        device = device_of(device)
         if device == "cuda" and world > 1:
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
@@ -104,6 +101,21 @@ class Ranks:
     def wait(self):
         if self.world > 1:
             dist.barrier()
+
+    def leave(self):
+        """End what the ranks do together: from here on each is alone, and may end."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def device_of(name):
+    """"auto" is the GPU, if there is one. ValueError for a device that cannot be used."""
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {reason(error)[:150]}") from None
+    return name
 
 
 def seed_of(*parts):
@@ -211,7 +223,7 @@ def apply_gradients(model, optimizers, ranks, max_norm=1.0):
     norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if not torch.isfinite(norm):                    # the same on every rank: all of them stop here, with their weights whole
-        raise ValueError("the gradient is not finite: lower --lr, or use --precision fp32; the last checkpoint is still good")
+        raise ValueError("the gradient is not finite: lower --lr, or use --precision fp32; what was saved is still good")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -288,9 +300,9 @@ class Run:
                     dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
             elif self.writes:
                 save_file(tensors, folder / "tensors.safetensors")
+            sums = self.checksums(folder)
             if self.writes:
-                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-                (folder / "state.json").write_text(json.dumps({"step": step, **state, "sizes": sizes}))
+                (folder / "state.json").write_text(json.dumps({"step": step, **state, "crc32": sums}))
         if self.writes:
             for old in self.checkpoints()[:-self.keep]:
                 shutil.rmtree(old)
@@ -299,6 +311,13 @@ class Run:
                 if step_of(following) <= step_of(self.checkpoints()[0]):
                     shutil.rmtree(folder)
         self.ranks.wait()
+
+    def checksums(self, folder):
+        """{file: CRC-32} of a folder's tensors; of a sharded checkpoint each rank reads its share of the files."""
+        paths = sorted(folder.glob("*.safetensors")) if self.ranks.fsdp or self.writes else []
+        own = self.ranks.own(paths) if self.ranks.fsdp else paths
+        sums = [crc32(path) if path in own else 0 for path in paths]
+        return dict(zip((path.name for path in paths), map(int, self.ranks.total(sums)) if self.ranks.fsdp else sums))
 
     def restore(self, model, optimizers):
         """Load the newest checkpoint that all ranks can read, of any number of ranks. Returns {"step": ...}, step 0 if none.
@@ -309,9 +328,9 @@ class Run:
         state = {"step": 0}
         for folder in reversed(self.checkpoints()):
             try:
-                tensors, found, problem = *read_checkpoint(folder, model, optimizers), None
+                tensors, found, problem = *read_checkpoint(folder, model, optimizers, self.ranks), None
             except Exception as error:                  # each library has its own error for a torn file; go one back
-                problem = str(error).splitlines()[0]
+                problem = reason(error)
                 print(f"{folder} cannot be read ({problem}): going back to the one before", flush=True)
             if not self.ranks.total([problem is not None])[0]:
                 load_tensors(tensors, model, optimizers)
@@ -328,9 +347,10 @@ class Run:
             for folder in [*self.former_bests(), self.folder / "best"]:
                 if folder.exists() and step_of(folder) > state["step"]:
                     shutil.rmtree(folder)
-            for folder in self.checkpoints():               # unreadable ones would be taken for the newest
+            for folder in self.checkpoints():               # unreadable ones: set aside, or they would be taken for the newest
                 if folder.name > f"checkpoint-{state['step']:06d}":
-                    shutil.rmtree(folder)
+                    shutil.rmtree(self.folder / f"unreadable-{folder.name}", ignore_errors=True)
+                    os.rename(folder, self.folder / f"unreadable-{folder.name}")
             if self.former_bests() and not (self.folder / "best").exists():
                 os.rename(self.former_bests()[-1], self.folder / "best")
         self.ranks.wait()
@@ -342,7 +362,7 @@ class Run:
         """best/: the policy of the highest score so far (the earliest of equals), with best.json {"step", "score"}."""
         if score <= self.best["score"]:
             return
-        if self.writes and (self.folder / "best").exists():             # a resumed run may want it back
+        if self.writes and (self.folder / "best").exists() and self.checkpoints():      # a resumed run may want it back
             os.rename(self.folder / "best", self.folder / f"best-{self.best['step']:06d}")
         self.best = {"step": step, "score": score}
         self.write_policy("best", model, tokenizer, self.best)
@@ -373,7 +393,7 @@ class Run:
 
     def tidy(self):
         """Drop what only an unfinished run needs."""
-        for folder in (*self.checkpoints(), *self.former_bests(), *self.folder.glob(".*.tmp")):
+        for folder in (*self.checkpoints(), *self.former_bests(), *self.folder.glob("unreadable-*"), *self.folder.glob(".*.tmp")):
             shutil.rmtree(folder)
 
     @contextlib.contextmanager
@@ -412,15 +432,25 @@ def step_of(folder):
     return json.loads((folder / ("best.json" if folder.name.startswith("best") else "state.json")).read_text())["step"]
 
 
-def read_checkpoint(folder, model, optimizers):
+def crc32(path):
+    """The checksum of a file, read in pieces of 16 MB."""
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(2 ** 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def read_checkpoint(folder, model, optimizers, ranks):
     """({key: tensor}, state) of a complete checkpoint, however many ranks wrote it; of a sharded tensor this rank's share.
 
     Nothing is loaded into model or optimizers yet, and no rank waits for another: reading may fail on one alone.
     """
     state = json.loads((folder / "state.json").read_text())
-    sizes = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
-    if sizes != state.pop("sizes"):
-        raise ValueError("its files are not as long as when they were saved")
+    sums = state.pop("crc32")
+    for name in ranks.own(sorted(sums)):                    # together, the ranks check every file
+        if crc32(folder / name) != sums[name]:
+            raise ValueError(f"{name} is not as it was saved")
     owners = {f"model.{name}": p for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
         owners.update({f"{i}.{j}": p for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"])})
@@ -491,15 +521,20 @@ def lm_step(model, rows, prefixes, ranks, tokens_per_batch=4096, precision="fp32
     return loss_sum, total
 
 
-def warmup(model, tokenizer, traces, palette, run, args):
-    """Eq. 11: `args.steps` updates on answers under prefixes drawn from the prior, independent of the trace."""
-    optimizer = make_optimizer(model, args.lr)
-    start = run.restore(model, [optimizer])["step"]
+def pairs_of(traces, tokenizer, args, ranks):
+    """answer_ids of all traces whose prompts are not over --max-tokens. ValueError if none is left."""
     pairs = [pair for pair in (answer_ids(trace, tokenizer, args.prompt, args.max_tokens) for trace in traces) if pair[0]]
     if not pairs:
         raise ValueError(f"the prompts of all {len(traces)} traces are over --max-tokens {args.max_tokens}: raise it")
-    if run.writes and len(pairs) < len(traces):
+    if ranks.rank == 0 and len(pairs) < len(traces):
         print(f"left out {len(traces) - len(pairs)} of {len(traces)} traces: prompts over --max-tokens {args.max_tokens}")
+    return pairs
+
+
+def warmup(model, tokenizer, pairs, palette, run, args):
+    """Eq. 11: `args.steps` updates on answers under prefixes drawn from the prior, independent of the trace. pairs: pairs_of."""
+    optimizer = make_optimizer(model, args.lr)
+    start = run.restore(model, [optimizer])["step"]
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, desc="sft", disable=not run.writes):
         began = time.time()
         rows = run.ranks.own(random.Random(seed_of(args.seed, "sft batch", step)).choices(pairs, k=args.batch))
@@ -723,7 +758,7 @@ NOT_RESULTS = ("out", "resume", "overwrite", "device", "tokens_per_batch", "save
 
 
 def parse_args(argv=None):
-    """The flags of both stages; exits with status 2 and one sentence where they cannot be right."""
+    """The flags of both stages; one sentence (exit status 2, or ValueError) where they cannot be right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", nargs="?", choices=("warmup", "pretrain"), default="warmup", help="what to do (default: warmup)")
     add_flags(parser, "model and data",
@@ -745,10 +780,16 @@ def parse_args(argv=None):
     add_machine_flags(parser, tokens_per_batch=4096, save_every=100)
     args = parser.parse_args(argv)
     vl = args.model == "tiny-vl"
-    if args.stage == "pretrain" and args.model not in TINY_BASES:
-        parser.error(f"pretrain makes {' or '.join(TINY_BASES)}, not {args.model}")
+    if args.stage == "pretrain":
+        if args.model not in TINY_BASES:
+            parser.error(f"pretrain makes {' or '.join(TINY_BASES)}, not {args.model}")
+        kept = ("stage", "model", "out", "steps", "batch", "seed", "save_every", "keep", "resume", "overwrite", "device")
+        for name in (name for name in vars(args) if name not in kept and getattr(args, name) != parser.get_default(name)):
+            parser.error(f"--{name.replace('_', '-')} is of warmup: pretrain does not read it")
+    elif args.model in TINY_BASES and not args.vae:         # whose domains are known before there is a VAE
+        check_source(args.prefix, STYLES_OF[args.model])
     args.steps = args.steps if args.steps is not None else 10 if args.stage == "warmup" else 400 if vl else 900
-    args.batch = args.batch or (64 if args.stage == "warmup" else 48 if vl else 32)
+    args.batch = args.batch if args.batch is not None else (64 if args.stage == "warmup" else 48 if vl else 32)
     root = f"runs/{'tiny-vl' if vl else 'tiny'}"
     args.vae = args.vae or f"{root}/vae"
     args.out = args.out or root + ("/base" if args.stage == "pretrain" else "/sft-none" if args.prefix == "none" else "/sft")
@@ -765,6 +806,7 @@ def main(argv=None):
         run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite, args.save_every,
                        args.keep)
         return print(f"the tiny base is in {run.folder}/policy") if ranks.rank == 0 else None
+    check_traces(args.traces)
     needs_vae = args.prefix not in ("none", "noise")
     if ranks.rank == 0:                                 # what is missing of the tiny world is made once
         name = find_model(args.model)
@@ -775,11 +817,12 @@ def main(argv=None):
     args.length = args.length if args.length is not None else vae.rows if vae else 1
     traces = load_traces(args.traces, args.limit)
     model, tokenizer = load_trainable(args.model, ranks, args)
+    pairs = pairs_of(traces, tokenizer, args, ranks)        # before the run folder: it may refuse
     palette = Palette(vae, whole(model.get_input_embeddings().weight.detach()), args.prefix, args.length)
     config = {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
     run = Run(args.out, config, ranks, args.resume, args.overwrite, args.keep)
     if not run.finished:
-        warmup(model, tokenizer, traces, palette, run, args)
+        warmup(model, tokenizer, pairs, palette, run, args)
     if ranks.rank == 0:
         print(f"the warmed-up policy is in {run.folder}/policy")
 

@@ -44,6 +44,15 @@ TINY_BASES = {"tiny": "runs/tiny/base", "tiny-vl": "runs/tiny-vl/base"}
 
 # ---- traces -------------------------------------------------------------------------------------------------------------
 
+def check_traces(specs):
+    """ValueError for a local source that is not there: before a base model is made, not after it. (find_model makes the tiny
+    worlds' own.)"""
+    made = {f"{base}/traces.jsonl" for base in TINY_BASES.values()}
+    for source in (spec.partition("=")[2] or spec for spec in specs or ()):
+        if not (source.startswith("hub:") or source in made or Path(source).is_file()):
+            raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
+
+
 def load_traces(specs, limit=2000):
     """Worked answers by domain, as rows {question, answer, domain}.
 
@@ -52,6 +61,7 @@ def load_traces(specs, limit=2000):
     Raises ValueError naming the file and line of a malformed row, or the domain without rows.
     """
     traces = []
+    check_traces(specs)
     for spec in specs:
         domain, equals, source = spec.partition("=")
         domain, source = (domain, source) if equals else (None, spec)
@@ -64,8 +74,6 @@ def load_traces(specs, limit=2000):
 
 
 def _jsonl_traces(source, domain):
-    if not Path(source).is_file():
-        raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
     with open(source, "rb") as file:            # lines of bytes end at "\n" alone; str.splitlines would cut at U+2028 too
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -137,7 +145,7 @@ def load_embeddings(name):
     try:
         model, tokenizer = model_class(name).from_pretrained(name, dtype=torch.float32), read_tokenizer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the model '{name}': {str(error).splitlines()[0]} (give a hub name, "
+        raise ValueError(f"cannot load the model '{name}': {reason(error)} (give a hub name, "
                          "a folder written by save_pretrained, or tiny)") from None
     if isinstance(tokenizer, Processor):
         tokenizer.see = lambda source: see_images(model, [tokenizer.read(source)])[0]
@@ -384,7 +392,7 @@ class VAE(nn.Module):
         except FileNotFoundError:
             raise ValueError(f"no VAE in {folder}: train one with vae.py --out {folder}") from None
         except Exception as error:              # safetensors, json and torch each raise their own kind for a damaged file
-            raise ValueError(f"the VAE in {folder} cannot be read ({str(error).splitlines()[0]}): train it again") from None
+            raise ValueError(f"the VAE in {folder} cannot be read ({reason(error)}): train it again") from None
         return vae.eval().requires_grad_(False)
 
 
@@ -588,7 +596,7 @@ def model_defaults(args):
         try:
             config = AutoConfig.from_pretrained(find_model(args.model))
         except (OSError, ValueError) as error:
-            raise ValueError(f"cannot load the model '{args.model}': {str(error).splitlines()[0]} (give a hub name, "
+            raise ValueError(f"cannot load the model '{args.model}': {reason(error)} (give a hub name, "
                              "a folder written by save_pretrained, or tiny)") from None
         args.decoder = args.decoder or ("mlp" if getattr(config, "vision_config", None) is None else "gpt")
         wide, long = (8, 60) if args.decoder == "mlp" else (min(1024, config.get_text_config().hidden_size), 30)
@@ -604,6 +612,7 @@ def main(argv=None):
     if known.is_file() and not args.overwrite:
         require_same(f"{args.out} holds a VAE trained", read_json(known).get("settings", {}), settings, "--overwrite to replace it")
         return print(f"using {args.out}")
+    check_traces(args.traces)
     name = find_model(args.model)
     traces = load_traces(args.traces, args.limit)
     tokenizer, table = load_embeddings(name)
@@ -620,6 +629,11 @@ def read_json(path):
         return json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): remove its folder, or choose another --out") from None
+
+
+def reason(error):
+    """The first line of what an exception says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def require_same(what, before, now, otherwise):

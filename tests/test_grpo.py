@@ -17,7 +17,7 @@ import sft
 import vae as vae_script
 from grpo import (ALGORITHMS, Rollout, advantages, collect, guided_count, policy_loss, remember, rho_at, set_advantages,
                   set_weights, train, update)
-from prefix import Decoder, Palette, check_prompts, load_policy
+from prefix import Decoder, Palette, load_policy
 from rewards import Task, tiny_task
 from sft import Ranks, Run, make_optimizer, rows_of_step
 from vae import as_flags
@@ -526,6 +526,47 @@ def test_every_step_samples_anew(model, tokenizer, vae, task):
     assert not latents[0] & latents[1]
 
 
+def test_every_seed_samples_anew(model, tokenizer, vae, task):
+    rows = [[row["question"] for row in rows_of_step(task.train, 0, 8, seed)] for seed in (0, 1)]
+    assert sorted(rows[0]) != sorted(rows[1])
+    task.train[:] = task.train[:1]                                          # both seeds ask the same question
+    found = []
+    for seed in (0, 1):
+        half = arguments(schedule="0:0.5", prompts=1, group=16)
+        half.seed = seed
+        rollouts = rollouts_of(model, tokenizer, vae, task, half)
+        found.append([[r.latent.tolist() for r in rollouts if r.guided], [r.completion_ids for r in rollouts if not r.guided]])
+    (one, words), (other, other_words) = found
+    assert not any(z in one for z in other) and sum(a == b for a, b in zip(words, other_words)) < len(words) / 2
+
+
+def test_a_share_is_rounded_anew_at_every_step(model, tokenizer, vae, task):
+    args, decoder = arguments(schedule="0:0.375", prompts=1, max_new_tokens=2), Decoder(model)
+    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
+    counts = [sum(r.guided for r in collect(decoder, tokenizer, task, palette, step, args, ALONE)) for step in range(12)]
+    assert set(counts) == {1, 2}                                            # of 4 rollouts, 1.5 on average
+
+
+def test_rollouts_end_at_the_stop_strings_of_their_prompt_format(model, tokenizer, vae, task, monkeypatch):
+    args, word = arguments(prompt="few-shot"), "so"
+    whole = rollouts_of(model, tokenizer, vae, task, args)
+    word = next(word for word in tokenizer.get_vocab() if 0 < sum(f" {word} " in f" {r.text} " for r in whole) < len(whole))
+    monkeypatch.setattr(grpo, "stop_strings", lambda _, style: [f" {word} "] if style == "few-shot" else [])
+    cut = rollouts_of(model, tokenizer, vae, task, args)
+    assert not any(f" {word} " in r.text for r in cut) and any(f" {word} " in r.text for r in whole)
+    assert sum(len(r.completion_ids) for r in cut) < sum(len(r.completion_ids) for r in whole)
+
+
+def test_masked_completions_cost_no_forward_pass(model, tokenizer, vae, task, monkeypatch):
+    args, seen, original = arguments(truncated="mask"), [], grpo.completion_logprobs
+    rollouts = rollouts_of(model, tokenizer, vae, task, args)
+    monkeypatch.setattr(grpo, "completion_logprobs", lambda model, prompts, completions, *a: seen.extend(completions) or
+                        original(model, prompts, completions, *a))
+    update(model, make_optimizer(model, 1e-3), rollouts, args, ALONE)
+    trained = [r.completion_ids for r in rollouts if r.finish == "stop" and r.advantage]
+    assert sorted(seen) == sorted(trained) and len(seen) < len(rollouts)
+
+
 # ---- the loop -----------------------------------------------------------------------------------------------------------
 
 def test_pi_old_is_the_policy_of_the_rollouts_for_every_minibatch(tmp_path, policy_folder, vae, task, monkeypatch):
@@ -545,7 +586,7 @@ def test_pi_old_is_the_policy_of_the_rollouts_for_every_minibatch(tmp_path, poli
 def run_training(folder, policy_folder, vae, task, args, resume=False):
     model, tokenizer = load_policy(str(policy_folder))
     palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", args.length)
-    train(model, tokenizer, task, palette, Run(folder, {}, ALONE, resume=resume), args)
+    train(model, tokenizer, task, palette, Run(folder, {}, ALONE, resume=resume), args, copy.deepcopy(model) if args.kl else None)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return model, [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
@@ -571,7 +612,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, policy_folder, vae, task, di
     assert resumed_metrics == metrics and [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
     best = [json.loads((tmp_path / name / "best" / "best.json").read_text()) for name in ("whole", "torn")]
-    assert best[0] == best[1] and best[0]["score"] == max(row.get("eval_accuracy", 0) for row in metrics[1:])
+    assert best[0] == best[1] and best[0]["score"] == max(row.get("eval_accuracy", 0) for row in metrics)
     assert (tmp_path / "torn" / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
 
 
@@ -581,6 +622,51 @@ def test_the_loop_follows_the_learning_rate_schedule(tmp_path, policy_folder, va
                         original(model, optimizers, *a))
     run_training(tmp_path / "r", policy_folder, vae, task, arguments(steps=4, lr=1e-3, lr_schedule="linear", lr_warmup=1))
     assert rates == pytest.approx([0.5e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_a_row_of_metrics_is_made_of_all_updates_micro_batches_and_rollouts(tmp_path, policy_folder, vae, task, monkeypatch):
+    """One step of 2 epochs x 2 minibatches x several micro-batches, watched from outside and added up by hand."""
+    args = arguments(steps=1, prompts=8, epochs=2, minibatches=2, lr=1e-2, max_new_tokens=60, tokens_per_batch=100,
+                     truncated="mask", schedule="0:0.5", kl=0.1)
+    seen = {name: [] for name in ("collect", "policy_loss", "apply_gradients")}
+    for name, calls in seen.items():
+        monkeypatch.setattr(grpo, name, lambda *a, name=name, calls=calls, original=getattr(grpo, name):
+                            calls.append(original(*a)) or calls[-1])
+    updates = []                                            # how many micro-batches came before each update ended
+    original = grpo.update
+    monkeypatch.setattr(grpo, "update", lambda *a: (original(*a), updates.append(len(seen["policy_loss"])))[0])
+    _, (_, row) = run_training(tmp_path / "r", policy_folder, vae, task, args)
+    rollouts, losses = seen["collect"][0], [loss.item() for loss, _ in seen["policy_loss"]]
+    tokens = [torch.cat([statistics for _, statistics in seen["policy_loss"][a:b]]) for a, b in zip([0, *updates], updates)]
+    assert len(updates) == 4 and len(losses) > 8
+    assert row["loss"] == pytest.approx(sum(losses) / 4, abs=1e-7) and row["tokens"] == sum(map(len, tokens))
+    assert row["gradient_norm"] == pytest.approx(sum(seen["apply_gradients"]) / 4)
+    for i, name in enumerate(("clip_share", "log_ratio", "tis_weight", "kl"), 1):
+        assert row[name] == pytest.approx(torch.cat(tokens)[:, i].mean().item(), rel=1e-4), name
+    assert row["log_ratio_start"] == pytest.approx(tokens[0][:, 2].mean().item(), abs=1e-8) and row["log_ratio"] > 1e-3
+    kept = [r for r in rollouts if r.finish == "stop"]
+    assert row["tokens"] == 2 * sum(len(r.completion_ids) for r in kept) and 0 < len(kept) < 32
+    for part, rows in (("", rollouts), ("_guided", [r for r in rollouts if r.guided]),
+                       ("_unguided", [r for r in rollouts if not r.guided])):
+        expected = {"stopped": [r.finish == "stop" for r in rows], "length": [len(r.completion_ids) for r in rows],
+                    "reward": [r.reward for r in rows], "accuracy": [r.rewards["accuracy"] for r in rows]}
+        for name, values in expected.items():
+            assert row[name + part] == pytest.approx(sum(values) / len(values)), name + part
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    shown = [r for i in (0, 3) for r in rollouts[i::4]]     # each group's first, then each group's last
+    assert [s["completion"] for s in samples] == [r.text for r in shown] and [s["prompt"] for s in samples] == [*range(8)] * 2
+    assert [s["latent"] is not None for s in samples] == [True] * 8 + [False] * 8 == [r.guided for r in shown]
+
+
+def test_evaluations_come_at_the_start_on_the_way_and_at_the_end_and_the_best_is_kept(tmp_path, policy_folder, vae, task,
+                                                                                       monkeypatch):
+    for scores, best in (((0.1, 0.4, 0.2, 0.3), 2), ((0.5, 0.4, 0.5, 0.3), 0), ((0.1, 0.2, 0.3, 0.4), 5)):
+        left = list(scores)
+        monkeypatch.setattr(grpo.evaluate, "greedy_accuracy", lambda *_: left.pop(0))
+        folder = tmp_path / str(best)
+        _, metrics = run_training(folder, policy_folder, vae, task, arguments(steps=5, eval_every=2))
+        assert {row["step"]: row["eval_accuracy"] for row in metrics if "eval_accuracy" in row} == dict(zip((0, 2, 4, 5), scores))
+        assert json.loads((folder / "best" / "best.json").read_text()) == {"step": best, "score": max(scores)}
 
 
 def test_the_loop_samples_in_the_precision_asked_for(tmp_path, policy_folder, vae, task):
@@ -682,6 +768,44 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
         "grpo-rho0=0-noise-s3": ("prefixed", "0:0", 3, 5), "grpo-rho0=1_0.5=0-noise-s3": ("prefixed", "0:1,0.5:0", 3, 5)}
 
 
+def test_a_run_is_made_as_the_flags_say(tmp_path, policy_folder, vae, monkeypatch):
+    """--kl: a frozen copy of the start; --independent, --length and --source reach the palette; a run without prefix needs none."""
+    vae.save(tmp_path / "vae")
+    runs = []
+    monkeypatch.setattr(sft, "prepare", lambda args, _: dict.fromkeys(args.schedule, str(policy_folder)))
+    monkeypatch.setattr(grpo.evaluate, "close_rl", lambda *_: None)
+    monkeypatch.setattr(grpo, "train", lambda model, _1, _2, palette, _3, _4, reference: runs.append((model, palette, reference)))
+    common = ["--vae", str(tmp_path / "vae"), "--schedule", "linear", "none", "--device", "cpu", "--out"]
+    grpo.main([*common, str(tmp_path / "a"), "--kl", "0.1", "--independent", "--length", "5", "--source", "math"])
+    grpo.main([*common, str(tmp_path / "b")])
+    (model, palette, reference), (_, none, _), (_, tiled, absent), _ = runs
+    assert (palette.source, palette.tiled, palette.length, none.source, none.length) == ("math", False, 5, "none", 0)
+    assert (tiled.source, tiled.tiled, tiled.length, absent) == ("prior", True, 8, None)
+    assert not any(p.requires_grad for p in reference.parameters()) and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(p, q) and p is not q for p, q in zip(model.parameters(), reference.parameters()))
+
+
+def test_domains_are_asked_of_the_vae_as_soon_as_there_is_one(tmp_path, vae, monkeypatch):
+    """The VAE names the domains, not the traces; where the rows do, before the first run and not after the last."""
+    vae.save(tmp_path / "vae")
+    monkeypatch.setattr(sft, "prepare", lambda args, _: setattr(args, "vae", str(tmp_path / "vae")) or {})
+    monkeypatch.setattr(grpo, "train_one", lambda *_: 1 / 0)
+    (tmp_path / "rows.jsonl").write_text('{"question": "", "answer": "so", "domain": "math"}')
+    for argv, message in ((["--traces", f"foo={tmp_path}/rows.jsonl", "--vae", str(tmp_path / "vae"), "--source", "foo"], "'foo'"),
+                          (["--traces", str(tmp_path / "rows.jsonl"), "--source", "poetry"], "unknown prefix source 'poetry'"),
+                          (["--traces", str(tmp_path / "rows.jsonl"), "--arms", "greedy", "poetry"], "unknown arm 'poetry'")):
+        with pytest.raises(ValueError, match=message):
+            grpo.main([*argv, "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_what_changes_a_run_is_among_its_settings():
+    """So it cannot differ when the run is resumed; what is not, may."""
+    free = {"out", "resume", "overwrite", "device", "tokens_per_batch", "save_every", "keep", "fsdp", "checkpointing", "slots",
+            "arms", "arm_questions", "arm_samples", "base_seed", "base_steps", "sft_lr", "sft_batch", "limit", "vae", "traces"}
+    settings = next(grpo.runs_of(grpo.parse_args([])))[2]
+    assert set(settings) == set(vars(grpo.parse_args([]))) - free and free == set(grpo.NOT_RESULTS)
+
+
 def test_a_folder_with_another_run_is_refused_before_the_first_run_of_several(tmp_path, monkeypatch):
     monkeypatch.setattr(sft, "prepare", lambda *_: 1 / 0)
     Run(tmp_path / "grpo-linear-s1", {"lr": 1.0}, ALONE)
@@ -713,6 +837,8 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "of rising tau"), (["--schedule", "0:nan"], "between"),
     (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--reward", "accuracy=nan"], "accuracy=nan is not a number"),
     (["--seed", "1", "2", "1"], "--seed names 1 2 1"), (["--schedule", "none", "none"], "--schedule names none none"),
+    (["--length", "0"], "inject nothing"), (["--source", "none", "--schedule", "none", "linear"], "inject nothing"),
+    (["--reward", "accuracy=0"], "a weight that is not 0"), (["--reward", "format=1", "format=2"], "each name once"),
     (["--top-p", "0"], "0 < top_p <= 1"), (["--prompts", "3", "--minibatches", "2"], "cannot be split over 1 ranks x 2 minibatches"),
 ])
 def test_flags_that_cannot_work_together_end_before_any_work(argv, message, monkeypatch, tmp_path):
@@ -725,13 +851,24 @@ def test_flags_that_cannot_work_together_end_before_any_work(argv, message, monk
 def test_bad_input_ends_before_any_work_with_one_sentence_and_status_1(tmp_path):
     for argv, message in ((["--task", "mine", "--train-data", "nowhere.jsonl", "--test-data", "x"], "no such file: nowhere"),
                           (["--prompts", "8", "--minibatches", "3"], "cannot be split over 1 ranks x 3 minibatches"),
-                          (["--model", "/nowhere", "--task", "tiny", "--traces", "t.jsonl", "--out", str(tmp_path)], "nowhere")):
+                          (["--traces", "math=t.jsonl"], "no such file: t.jsonl"),
+                          (["--model", "/nowhere", "--task", "tiny", "--traces", "hub:t", "--out", str(tmp_path)], "nowhere")):
         command = [sys.executable, str(ROOT / "grpo.py"), *argv]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_prompt_over_the_limit_is_named(tokenizer, task):
-    with pytest.raises(ValueError, match="a prompt of 1[0-9] tokens is over --max-prompt 4.*'(calc|take)"):
-        check_prompts(task.train, tokenizer, "", "auto", 4)
+@pytest.mark.parametrize("changes, message", [
+    (dict(max_prompt=4), "a prompt of 1[0-9] tokens is over --max-prompt 4.*'(calc|take)"),
+    (dict(length=300), "--length 300, a prompt of 1[0-9] tokens and --max-new-tokens 12 are more than the 256 positions")])
+def test_a_prompt_that_is_too_long_is_named_before_any_work(policy_folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(sft, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        grpo.main(as_flags(model=policy_folder, task="tiny", traces=["hub:t"], out=tmp_path, max_new_tokens=12, **changes))
+
+
+def test_a_task_with_images_is_refused_for_the_model_that_reads_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="tiny reads text only: use --model tiny-vl"):
+        grpo.main(["--task", "tiny-vl", "--out", str(tmp_path)])

@@ -9,7 +9,7 @@ import torch
 import sft
 from prefix import Palette
 from rewards import ANSWER, END, PAD, QUESTION, TINY_VOCABULARY, tiny_document
-from sft import Ranks, Run, answer_ids, lm_step, seed_of, tiny_batch, warmup
+from sft import Ranks, Run, answer_ids, lm_step, pairs_of, seed_of, tiny_batch, warmup
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 WORD_ID = {word: i for i, word in enumerate(TINY_VOCABULARY)}
@@ -133,7 +133,7 @@ def warm(tmp_path, name, policy_folder, vae, traces, resume=False, stop_after=No
 
     sft.apply_gradients = dying
     try:
-        warmup(model, tokenizer, traces, palette, run, warm_args())
+        warmup(model, tokenizer, pairs_of(traces, tokenizer, warm_args(), ALONE), palette, run, warm_args())
     finally:
         sft.apply_gradients = original
     return model, [{k: v for k, v in json.loads(line).items() if k != "seconds"}
@@ -170,7 +170,7 @@ def test_a_run_without_a_readable_checkpoint_is_refused_and_keeps_what_it_has(tm
     run.log("metrics", {"step": 1})
     run.save(1, model, [])
     (tmp_path / "r" / "checkpoint-000001" / "state.json").write_text('{"step": 1}')
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read here \('sizes'\).*--overwrite"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read here \('crc32'\).*--overwrite"):
         run.restore(model, [])
     assert (tmp_path / "r" / "metrics.jsonl").read_text() and len(run.checkpoints()) == 1
 
@@ -185,17 +185,46 @@ def test_an_unreadable_checkpoint_is_not_kept_in_place_of_the_next_one(tmp_path,
     assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
 
 
-def test_a_checkpoint_with_a_missing_or_short_file_is_refused(tmp_path, model):
-    """Each rank writes a file: with one of them gone, its rows would be read as zeros."""
+def test_a_checkpoint_with_a_missing_or_changed_file_is_refused(tmp_path, model):
+    """Each rank writes a file: with one of them gone, its rows would be read as zeros. A lost page leaves zeros, too."""
     run = Run(tmp_path / "r", {}, ALONE)
     run.save(1, model, [])
     path = tmp_path / "r" / "checkpoint-000001" / "tensors.safetensors"
-    path.rename(path.with_name("elsewhere"))
-    with pytest.raises(ValueError, match="not as long as when they were saved"):
-        sft.read_checkpoint(path.parent, model, [])
-    path.write_bytes(path.with_name("elsewhere").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="not as long as when they were saved"):
-        sft.read_checkpoint(path.parent, model, [])
+    saved = path.read_bytes()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        sft.read_checkpoint(path.parent, model, [], ALONE)
+    for content in (saved[:-1], saved[:-8192] + bytes(4096) + saved[-4096:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="tensors.safetensors is not as it was saved"):
+            sft.read_checkpoint(path.parent, model, [], ALONE)
+    path.write_bytes(saved)
+    assert sft.read_checkpoint(path.parent, model, [], ALONE)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("error, said", [(OSError(11, "Resource temporarily unavailable"), "[Errno 11]"), (MemoryError(), "MemoryError")])
+def test_a_checkpoint_that_cannot_be_read_now_is_set_aside_not_deleted(tmp_path, model, tokenizer, monkeypatch, capsys, error, said):
+    run, original = Run(tmp_path / "r", {}, ALONE), sft.read_checkpoint
+    for step in (1, 2):
+        run.save(step, model, [])
+
+    def read(folder, *arguments):
+        if folder.name == "checkpoint-000002":
+            raise error
+        return original(folder, *arguments)
+
+    monkeypatch.setattr(sft, "read_checkpoint", read)
+    assert run.restore(model, [])["step"] == 1 and f"cannot be read ({said}" in capsys.readouterr().out
+    assert (tmp_path / "r" / "unreadable-checkpoint-000002" / "tensors.safetensors").is_file()
+    run.finish(model, tokenizer)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "policy"]
+
+
+def test_before_the_first_checkpoint_a_former_best_is_not_kept(tmp_path, model, tokenizer):
+    run = Run(tmp_path / "r", {}, ALONE)
+    for step, score in enumerate((0.1, 0.2, 0.3)):          # a resumed run would begin anew, and make them again
+        run.keep_best(step, score, model, tokenizer)
+    assert best_steps(tmp_path / "r") == {"best": 2}
 
 
 def best_steps(folder):
