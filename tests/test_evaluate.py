@@ -360,8 +360,43 @@ def test_learning_curves_are_drawn_from_metrics(tmp_path):
         (tmp_path / name).mkdir()
         rows = [{"step": 0, "eval_accuracy": 0.1}, {"step": 1, "reward_guided": None, "reward_unguided": 0.2, "eval_accuracy": 0.3}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(tmp_path / "grpo-none-s0" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "rew')                      # a run that goes on may be writing
     path = evaluate.draw_curves(sorted(tmp_path.iterdir()), tmp_path / "curves.png")
     assert path.stat().st_size > 1000
+
+
+def test_runs_of_two_folders_are_two_lines_and_negative_rewards_are_seen(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason='the picture needs the extra "plots"')
+    for out, reward in (("a", -0.8), ("b", 0.5)):
+        for seed in (0, 1):
+            folder = tmp_path / out / f"grpo-none-s{seed}"
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward_unguided": reward, "eval_accuracy": 0.3}) + "\n")
+    import matplotlib.figure
+    figures, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+    evaluate.draw_curves(sorted(tmp_path.glob("*/*")), tmp_path / "curves.png")
+    _, unguided, accuracy = figures[0].axes
+    assert [line.get_label() for line in accuracy.lines] == ["a/grpo-none (2 seeds)", "b/grpo-none (2 seeds)"]
+    assert unguided.get_ylim()[0] < -0.8 and unguided.get_ylim()[1] >= 1.02
+
+
+def test_the_closing_evaluation_samples_as_the_rollouts_did_and_resumes(tmp_path, monkeypatch, policy_folder, vae):
+    vae.save(tmp_path / "vae")
+    args = SimpleNamespace(
+        out=tmp_path, arms=["greedy", "sampling"], vae=str(tmp_path / "vae"), task="tiny", test_data=None, prompt="auto", device="cpu",
+        arm_questions=2, arm_samples=2, length=2, slots=8, independent=False, temperature=0.7, top_p=0.9, max_new_tokens=4, resume=True,
+        algorithm="grpo", source="prior", steps=1, prompts=2, group=2)
+    monkeypatch.setattr(evaluate, "rl_table", lambda *_: "")
+    monkeypatch.setattr(evaluate, "draw_curves", lambda *_: None)
+    asked, original = [], evaluate.answer
+    monkeypatch.setattr(evaluate, "answer", lambda *a: asked.append((a[5].temperature, a[5].top_p)) or original(*a))
+    policies = {"none": "nowhere", "linear": str(policy_folder)}            # the one under prefixes is what the arms show
+    for temperature in (0.7, 0.7, 0.8):                     # the second time all is there; the third has other settings
+        args.temperature = temperature
+        evaluate.close_rl(args, {}, policies, "cpu")
+    assert asked == [(0.0, 0.9), (0.7, 0.9), (0.0, 0.9), (0.8, 0.9)]
 
 
 def curves(folder, ends, steps=6):

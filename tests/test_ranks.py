@@ -28,7 +28,7 @@ from sft import (Ranks, Run, apply_gradients, lm_step, load_reference, load_trai
                  tiny_vl_processor)
 from test_grpo import FirstToken, arguments
 from test_sft import warm_args
-from vae import VAE, run_main
+from vae import VAE, as_flags, run_main
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -51,7 +51,8 @@ def run_ranks(work, *arguments, world=2, fsdp=True, codes=(0, 0)):
     def start(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         work(Ranks.start("cpu", fsdp), *arguments)
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
     processes = [multiprocessing.get_context("fork").Process(target=start, args=(rank,)) for rank in range(world)]
     for process in processes:
@@ -280,6 +281,27 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_the_last_checkpoint(tmp_pat
     run_ranks(rl, policy_folder, vae_folder, tmp_path / "full", arguments(), codes=(1, 1))
     assert "OSError: [Errno 28] No space left on device" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "full").glob("*checkpoint*")] == ["checkpoint-000001"]
+
+
+def whole_job(ranks, flags):
+    """grpo.py from the warm-up to the closing table, which rank 0 makes alone, long after the others have ended."""
+    close = grpo.evaluate.close_rl
+    grpo.evaluate.close_rl = lambda *arguments: time.sleep(2) or close(*arguments)
+    grpo.main(flags)
+
+
+def test_the_whole_job_on_two_ranks_ends_with_its_table(tmp_path, policy_folder, vae_folder, trace_file):
+    rows = [json.dumps({"question": f"calc {i} + 1 ?", "answer": str(i)}) + "\n" for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = dict(model=policy_folder, traces=[trace_file], vae=vae_folder, task="mine", train_data=tmp_path / "rows.jsonl",
+                 test_data=tmp_path / "rows.jsonl", schedule=["linear"], steps=1, prompts=2, group=2, length=2, max_new_tokens=4,
+                 sft_batch=4, eval_questions=3, arms=["greedy"], arm_questions=2, arm_samples=2, device="cpu", out=tmp_path / "out")
+    run_ranks(whole_job, as_flags(**flags), fsdp=False)
+    assert (tmp_path / "out" / "grpo-prior.md").read_text().count("grpo-prior linear") == 1
+    assert "greedy" in json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())["arms"]
+    steps = [row["loss"] for row in metrics_of(tmp_path / "out" / "sft")]
+    run_ranks(whole_job, as_flags(**{**flags, "out": tmp_path / "one"}), world=1, fsdp=False, codes=(0,))
+    assert [row["loss"] for row in metrics_of(tmp_path / "one" / "sft")] == pytest.approx(steps, rel=1e-5)
 
 
 # ---- death --------------------------------------------------------------------------------------------------------------

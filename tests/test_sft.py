@@ -312,6 +312,38 @@ def test_a_kill_while_overwriting_leaves_no_checkpoint_to_a_run_of_other_setting
         Run(tmp_path / "r", {"lr": 2.0}, ALONE, resume=True)
 
 
+def test_overwriting_leaves_nothing_of_the_run_before(tmp_path, model, tokenizer):
+    run = Run(tmp_path / "r", {"lr": 1.0}, ALONE)
+    run.log("metrics", {"step": 1})
+    run.keep_best(1, 0.5, model, tokenizer)
+    run.save(1, model, [])
+    run.finish(model, tokenizer)
+    (tmp_path / "r" / "notes.txt").write_text("of the user")
+    Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "notes.txt"]
+
+
+def test_what_a_kill_between_the_policy_and_the_tidying_leaves_is_tidied_later(tmp_path, model, tokenizer, monkeypatch):
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.save(1, model, [])
+    monkeypatch.setattr(Run, "tidy", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run.finish(model, tokenizer)
+    monkeypatch.undo()
+    (tmp_path / "r" / ".checkpoint-000002.tmp").mkdir()
+    assert Run(tmp_path / "r", {}, ALONE).finished
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "policy"]
+
+
+def test_a_half_filled_folder_is_no_checkpoint(tmp_path, model):
+    run = Run(tmp_path / "r", {}, ALONE)
+    run.save(1, model, [])
+    with pytest.raises(KeyboardInterrupt), run.new_folder("checkpoint-000002") as folder:
+        assert folder.exists() and [path.name for path in run.checkpoints()] == ["checkpoint-000001"]
+        raise KeyboardInterrupt
+    assert not folder.exists() and run.restore(model, [])["step"] == 1
+
+
 def test_a_torn_last_line_is_dropped_on_resume(tmp_path, model, tokenizer):
     run = Run(tmp_path / "r", {}, ALONE)
     run.log("metrics", {"step": 1}, {"step": 2})
@@ -403,8 +435,21 @@ def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsy
     (["--steps", "0"], "--steps: must be at least 1, not 0"), (["--batch", "-3"], "--batch: must be at least 1, not -3"),
     (["--model", "some/model"], "--traces is needed"), (["--lr", "nan"], "--lr: must be at least 0 and finite, not nan"),
     (["--lr-warmup", "-1"], "--lr-warmup: must be at least 0, not -1"), (["--length", "-1"], "--length: must be at least 0, not -1"),
+    (["--batch", "0"], "--batch: must be at least 1, not 0"), (["pretrain", "--lr", "5"], "--lr is of warmup: pretrain does not read"),
+    (["pretrain", "--traces", "x"], "--traces is of warmup"), (["pretrain", "--model", "x"], "pretrain makes tiny or tiny-vl, not x"),
 ])
 def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         sft.main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(tmp_path, monkeypatch, policy_folder):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traces.jsonl").write_text('{"question": "calc 1 + 1 ?", "answer": "so 2", "domain": "math"}\n')
+    for argv, message in ((["--prefix", "poetry"], "unknown prefix source 'poetry'"), (["--traces", "x.jsonl"], "no such file: x.jsonl"),
+                          (["--model", str(policy_folder), "--traces", "traces.jsonl", "--prefix", "none", "--max-tokens", "3"],
+                           "over --max-tokens 3: raise it")):
+        with pytest.raises(ValueError, match=message):
+            sft.main([*argv, "--device", "cpu"])
+    assert [path.name for path in tmp_path.iterdir()] == ["traces.jsonl"]
