@@ -32,8 +32,8 @@ from sft import Ranks, Run, tiny_tokenizer
 from tqdm import tqdm
 from vae import train_vae
 
-FLAGS = ["--steps", "30", "--prompts", "2", "--group", "3", "--length", "2", "--max-new-tokens", "4", "--save-every", "2",
-         "--eval-every", "3", "--eval-questions", "8", "--epochs", "2", "--lr", "3e-3", "--lr-schedule", "cosine"]
+FLAGS = ["--steps", "30", "--prompts", "2", "--group", "6", "--length", "2", "--max-new-tokens", "4", "--save-every", "2",
+         "--eval-every", "3", "--eval-questions", "8", "--epochs", "2", "--lr", "3e-4", "--lr-schedule", "cosine"]
 
 
 def make_inputs(root):
@@ -50,11 +50,12 @@ def make_inputs(root):
     train_vae(tiny_traces(60, 0), tokenizer, model.get_input_embeddings().weight.detach(), root / "vae", epochs=2)
 
 
-class ShortAnswers(type(tiny_task(1, 1))):
-    """Right if the number of words is odd: half of an untrained model's answers are, and it learns which."""
+class EvenWords(type(tiny_task(1, 1))):
+    """Right if at least half of the words have an even number of letters: so nearly every step has something to learn."""
 
     def judge(self, completion, gold, finish="stop"):
-        return {"accuracy": float(len(completion.split()) % 2), "answered": 1.0}
+        even = [len(word) % 2 == 0 for word in completion.split()]
+        return {"accuracy": float(2 * sum(even) >= len(even) > 0), "answered": 1.0}
 
 
 def train(root, folder):
@@ -63,7 +64,7 @@ def train(root, folder):
     tiny = tiny_task(16, 8)
     run = Run(folder, {"flags": FLAGS}, Ranks(0, 1, torch.device("cpu")), resume=True)
     if not run.finished:
-        grpo.train_one(args, ShortAnswers("short", tiny.train, tiny.test), run, str(root / "start"))
+        grpo.train_one(args, EvenWords("short", tiny.train, tiny.test), run, str(root / "start"))
 
 
 def fork(work, *arguments, log):
@@ -136,7 +137,10 @@ def main():
         began = time.time()
         assert ended(fork(train, root, root / "whole", log=root / "log")), (root / "log").read_text()
         seconds, whole = time.time() - began, result(root / "whole")
-        print(f"the undisturbed run: {seconds:.2f} s, {len(whole['metrics'])} rows of metrics, files {', '.join(whole['files'])}")
+        trained = sum(row.get("tokens", 0) > 0 for row in whole["metrics"])
+        print(f"the undisturbed run: {seconds:.2f} s, {len(whole['metrics'])} rows of metrics, {trained} steps of 30 with something to "
+              f"train on, files {', '.join(whole['files'])}")
+        assert trained >= 25, "a run that hardly trains proves nothing"
         kills, debris, wrong, steps = {"time": 0, "save": 0}, 0, [], []
         for number in range(runs):
             folder, killed = root / "torn", 0
