@@ -731,8 +731,8 @@ def prepare(args, ranks):
     for folder in dict.fromkeys(folders.values()):
         stage("sft.py", main, dict(
             out=folder, vae=args.vae, prefix="none" if folder.name == "sft-none" else "prior", lr=args.sft_lr, batch=args.sft_batch,
-            **common, device=args.device, precision=args.precision, fsdp=args.fsdp, checkpointing=args.checkpointing,
-            prompt="plain" if args.prompt == "few-shot" else args.prompt, resume=True), ranks)
+            **common, precision=args.precision, device=args.device, prompt="plain" if args.prompt == "few-shot" else args.prompt,
+            resume=True, fsdp=args.fsdp, checkpointing=args.checkpointing), ranks)
     return {schedule: str(folder / "policy") for schedule, folder in folders.items()}
 
 

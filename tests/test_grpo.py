@@ -652,6 +652,10 @@ def test_a_row_of_metrics_is_made_of_all_updates_micro_batches_and_rollouts(tmp_
                     "reward": [r.reward for r in rows], "accuracy": [r.rewards["accuracy"] for r in rows]}
         for name, values in expected.items():
             assert row[name + part] == pytest.approx(sum(values) / len(values)), name + part
+    glossary = (ROOT / "README.md").read_text().split("## What the metrics mean")[1].split("\n## ")[0]
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    logged = {name.removesuffix("_unguided").removesuffix("_guided") for line in lines for name in json.loads(line)}
+    assert all(f"`{name}`" in glossary for name in logged), [name for name in logged if f"`{name}`" not in glossary]
     samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
     shown = [r for i in (0, 3) for r in rollouts[i::4]]     # each group's first, then each group's last
     assert [s["completion"] for s in samples] == [r.text for r in shown] and [s["prompt"] for s in samples] == [*range(8)] * 2
