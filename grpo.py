@@ -166,7 +166,7 @@ def collect(decoder, tokenizer, task, palette, step, args, ranks):
 def roll_out(decoder, tokenizer, task, palette, step, asked, args):
     """G judged rollouts of each row of `asked` (by its number in the step), the first few of each group under a prefix."""
     rho, jobs = rho_at(args.schedule, step / args.steps), []                # jobs: (number, rollout index, guided)
-    for p in asked:
+    for p in asked:                                                         # Eq. 12: a share rho of each group is guided
         guided = guided_count(rho, args.group, random.Random(seed_of(args.seed, "guided", step, p)).random())
         jobs += [(p, g, g < guided) for g in range(args.group)]
     draws = palette.draw([seed_of(args.seed, "latent", step, p, g if args.latent_per == "rollout" else 0) for p, g, _ in jobs])
@@ -283,8 +283,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         if args.tis and args.epochs * args.minibatches > 1:
             remember("old", model, rollouts, args, ranks)
         share = len(rollouts) // args.minibatches
-        updates = [update(model, optimizer, rollouts[start:start + share], args, ranks)
-                   for _ in range(args.epochs) for start in range(0, len(rollouts), share)]
+        updates = [update(model, optimizer, rollouts[i:i + share], args, ranks)
+                   for _ in range(args.epochs) for i in range(0, len(rollouts), share)]
         row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
                "lr": lr, "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
