@@ -666,7 +666,7 @@ def draw_curves(plt, folders):
             steps = sorted(set().union(*curves))
             values = [[curve[step] for curve in curves if step in curve] for step in steps]
             style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":", "-.")[i % 4])
-            axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(runs)} seeds)")
+            axis.plot(steps, [sum(v) / len(v) for v in values], **style, label=f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})")
             axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.15, linewidth=0)
     for axis, title in zip(axes, titles.values()):
         axis.set(title=title, xlabel="step")
