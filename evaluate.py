@@ -183,12 +183,13 @@ def check_names(args):
     if trained or len(domains) == len(specs):
         domains = VAE.load(vae).domains if trained else domains
         check_source(args.source, domains)
-        arms_of(args.arms if args.arms != ["none"] else ["all"], domains, args.temperature)
+        if args.arms != ["none"]:
+            arms_of(args.arms, domains, args.temperature)
 
 
 # What decides an answer; the other flags may differ when an evaluation is resumed.
 SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples", "length", "independent", "temperature",
-            "top_p", "max_new_tokens", "dtype", "seed")
+            "top_p", "top_k", "max_new_tokens", "dtype", "seed")
 
 
 def settings_of(args):
@@ -244,7 +245,7 @@ def run_arms(lab, tasks, args):
     for arm, (source, temperature) in arms_of(args.arms, lab.vae.domains if lab.vae else (), args.temperature,
                                               lab.vae is not None).items():
         palette = Palette(lab.vae, lab.table, source, args.length, not args.independent) if source != "none" else None
-        sampling = Sampling(temperature, args.top_p, max_new_tokens=args.max_new_tokens)
+        sampling = Sampling(temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens)
         plan[arm] = palette, sampling, 1 if palette is None and temperature == 0 else args.samples
     if args.against not in plan and args.against != "sampling":
         raise ValueError(f"--against {args.against} is not among the arms: {', '.join(plan)}")
@@ -888,6 +889,7 @@ def parse_args(argv=None):
               independent=(False, "L independent latents instead of one tiled"),
               temperature=(1.0, "of the sampling arms", 0),
               top_p=(1.0, "of the sampling arms; 1: off", 0),
+              top_k=(0, "of the sampling arms; 0: off", 0),
               max_new_tokens=(int, "longest answer (default: 34 for tiny, 14 for tiny-vl, else 512)", 1))
     add_flags(parser, "what to do instead, or in addition",
               rescore=(False, "judge the samples in --out again, without any model"),
@@ -979,13 +981,14 @@ def close_rl(args, folders, policies, device):
     if args.arms != ["none"]:
         policy = next((policy for schedule, policy in policies.items() if schedule != "none"), policies.get("none"))
         print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
-        argv, known = as_flags(
-            model=policy, vae=args.vae, task=args.task, test_data=args.test_data, prompt=args.prompt, device=args.device,
+        out = root / "evaluation"
+        argv = as_flags(
+            model=policy, vae=args.vae, task=args.task, test_data=args.test_data, prompt=args.prompt, device=args.device, out=out,
             questions=args.arm_questions, samples=args.arm_samples, arms=args.arms, length=args.length, slots=args.slots,
-            independent=args.independent, temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens,
-            out=root / "evaluation"), root / "evaluation" / "config.json"
-        same = args.resume and known.is_file() and read_json(known) == settings_of(parse_args(argv))
-        main([*argv, *as_flags(resume=same)])
+            independent=args.independent, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+            max_new_tokens=args.max_new_tokens)
+        same = (out / "config.json").is_file() and read_json(out / "config.json") == settings_of(parse_args(argv))
+        main([*argv, *as_flags(resume=args.resume and same)])
     name = f"{args.algorithm}-{args.source}"
     picture = draw_curves([path for paths in folders.values() for path in paths], root / f"{name}.png")
     print(f"\nWhat injection does in RL ({args.steps} steps of {args.prompts} x {args.group} rollouts):\n")

@@ -230,8 +230,8 @@ def remember(name, model, rollouts, args, ranks):
 def update(model, optimizer, rollouts, args, ranks):
     """One gradient step on this rank's rollouts. Returns its loss, the gradient norm, and the sums [2, 6] of TOKEN_METRICS.
 
-    Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them. With --tis and a single
-    update per batch of rollouts, pi_old is what this very forward finds; before several updates it has been remembered.
+    Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them. With --tis pi_old has been
+    remembered, or, where one update is all there is, it is what this very forward finds; else it is what was sampled from.
     """
     set_weights(rollouts, args, ranks)
     live = [r for r in rollouts if r.weight and (r.advantage or args.kl)]
@@ -245,8 +245,7 @@ def update(model, optimizer, rollouts, args, ranks):
             continue
         row = tensor([i for i, r in enumerate(rows) for _ in r.completion_ids], dtype=torch.long)       # [N]
         sampled = tensor([x for r in rows for x in r.logprobs])                                         # [N]
-        old = tensor([x for r in rows for x in r.old or r.logprobs])                                    # [N]
-        old = logprobs.detach() if args.tis and args.epochs * args.minibatches == 1 else old
+        old = logprobs.detach() if args.tis and not rows[0].old else tensor([x for r in rows for x in r.old or r.logprobs])
         reference = tensor([x for r in rows for x in r.reference]) if args.kl else None                 # [N]
         advantage, weight = tensor([r.advantage for r in rows]), tensor([r.weight for r in rows])       # [R], [R]
         loss, statistics = policy_loss(logprobs, old, sampled, row, advantage, weight, args.ratio, args.clip_low, args.clip_high,
@@ -264,14 +263,11 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
     ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
     start = run.restore(model, [optimizer])["step"]
     decoder = Decoder(model, end_ids(model, tokenizer), args.slots, dtype=PRECISIONS[args.rollout_precision])
-
-    def evaluated(step):
-        accuracy = evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
-        run.keep_best(step, accuracy, model, tokenizer)
-        return accuracy
-
+    evaluated = lambda: evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
     if start == 0:
-        run.log("metrics", {"step": 0, "eval_accuracy": evaluated(0)})
+        accuracy = evaluated()
+        run.keep_best(0, accuracy, model, tokenizer)
+        run.log("metrics", {"step": 0, "eval_accuracy": accuracy})
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.folder.name, disable=not run.writes)
     for step in bar:
         began, lr = time.time(), set_learning_rate(optimizer, args, step)
@@ -288,7 +284,8 @@ def train(model, tokenizer, task, palette, run, args, reference=None):
         row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
                "lr": lr, "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["eval_accuracy"] = evaluated(step + 1)
+            row["eval_accuracy"] = evaluated()
+            run.keep_best(step + 1, row["eval_accuracy"], model, tokenizer)
         shown = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")
         bar.set_postfix({name: row[name] for name in shown if row.get(name) is not None},
                         tokens_s=row["rollouts"] * row["length"] / max(row["seconds"], 1e-3))
@@ -384,19 +381,20 @@ def parse_args(argv=None):
 
 def check(args):
     """ValueError, before any work, for flags that together would fail after an hour or train on nothing."""
-    wrong = {"--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing": args.temperature == 0,
-             f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1": 0 < args.tis < 1,
-             "--traces is needed to train the VAE and warm up a model of your own": not (args.traces or args.model in DEFAULTS)}
-    wrong["--source none and --length 0 inject nothing: --schedule none says so"] = \
-        args.schedule != ["none"] and (args.source == "none" or args.length == 0)
-    for flag, values in (("schedule", args.schedule), ("seed", args.seed)):
-        wrong[f"--{flag} names {' '.join(map(str, values))}: each run once"] = len(set(values)) < len(values)
-    if any(wrong.values()):
-        raise ValueError(next(why for why in wrong if wrong[why]))
+    unguided = args.source == "none" or args.length == 0
+    twice = [flag for flag in ("schedule", "seed") if len(set(getattr(args, flag))) < len(getattr(args, flag))]
+    for wrong, why in (
+            (args.temperature == 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing"),
+            (0 < args.tis < 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1"),
+            (not (args.traces or args.model in DEFAULTS), "--traces is needed to train the VAE and warm up a model of your own"),
+            (unguided and args.schedule != ["none"], "--source none or --length 0 injects nothing: use --schedule none"),
+            (twice, f"--{' and --'.join(twice)} names a run twice")):
+        if wrong:
+            raise ValueError(why)
     for schedule in args.schedule:
         points_of(schedule)
     Sampling.of(args)
-    check_traces(args.traces)
+    check_traces(args.traces, args.limit)
     evaluate.check_names(args)
 
 
@@ -407,7 +405,7 @@ def runs_of(args):
         name += "" if args.source == "prior" or schedule == "none" else f"-{args.source}"
         for seed in args.seed:
             own = argparse.Namespace(**{**vars(args), "schedule": schedule, "seed": seed})
-            settings = {name: value for name, value in vars(own).items() if name not in NOT_RESULTS}
+            settings = {flag: value for flag, value in vars(own).items() if flag not in NOT_RESULTS}
             yield own, Path(args.out) / f"{args.algorithm}-{name}-s{seed}", settings
 
 
@@ -418,7 +416,7 @@ def main(argv=None):
     ranks, task = Ranks.start(args.device, args.fsdp), load_task(args.task, args.train_data, args.test_data)
     if args.prompts % (ranks.world * args.minibatches):
         raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
-    check_prompts(task.train + task.test[:args.eval_questions], task.instruction, args)
+    check_prompts(task.train + task.test[:max(args.eval_questions, args.arm_questions)], task.instruction, args)
     for _, folder, settings in runs_of(args):               # all of them are checked before any work
         if (folder / "config.json").is_file() and not args.overwrite:
             sft.is_finished(folder, settings, args.resume)

@@ -202,7 +202,7 @@ def check_prompts(rows, instruction, args):
 
     The tiny bases may not be there yet, and their own questions are short; only images are asked after.
     """
-    if args.model in TINY_BASES:
+    if args.model in (*TINY_BASES, *TINY_BASES.values()):
         if any(row.get("image") is not None for row in rows) and args.model == "tiny":
             raise ValueError("the task's rows have images, but tiny reads text only: use --model tiny-vl")
         return

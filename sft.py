@@ -161,7 +161,8 @@ def load_reference(name, model, ranks, args):
     reference = load_policy(name, "cpu" if ranks.fsdp else ranks.device, dtype)[0].requires_grad_(False)
     reference = shard(reference, ranks, args.precision) if ranks.fsdp else reference
     for own, trained in zip(reference.parameters(), model.parameters()):
-        own.data = own.data if trained.requires_grad else trained.data
+        if not trained.requires_grad:
+            own.data = trained.data
     return reference
 
 
@@ -313,11 +314,11 @@ class Run:
         self.ranks.wait()
 
     def checksums(self, folder):
-        """{file: CRC-32} of a folder's tensors; of a sharded checkpoint each rank reads its share of the files."""
-        paths = sorted(folder.glob("*.safetensors")) if self.ranks.fsdp or self.writes else []
-        own = self.ranks.own(paths) if self.ranks.fsdp else paths
-        sums = [crc32(path) if path in own else 0 for path in paths]
-        return dict(zip((path.name for path in paths), map(int, self.ranks.total(sums)) if self.ranks.fsdp else sums))
+        """CRC-32 of each file of tensors, in the order of their names; of a sharded checkpoint each rank reads its own file."""
+        if not self.ranks.fsdp:
+            return [crc32(path) for path in folder.glob("*.safetensors")] if self.writes else []
+        own = sum(crc32(path) for path in folder.glob(f"shard-{self.ranks.rank + 1:05d}-*.safetensors"))
+        return list(map(int, self.ranks.total([own * (rank == self.ranks.rank) for rank in range(self.ranks.world)])))
 
     def restore(self, model, optimizers):
         """Load the newest checkpoint that all ranks can read, of any number of ranks. Returns {"step": ...}, step 0 if none.
@@ -348,9 +349,11 @@ class Run:
                 if folder.exists() and step_of(folder) > state["step"]:
                     shutil.rmtree(folder)
             for folder in self.checkpoints():               # unreadable ones: set aside, or they would be taken for the newest
+                aside = self.folder / f"unreadable-{folder.name}"
                 if folder.name > f"checkpoint-{state['step']:06d}":
-                    shutil.rmtree(self.folder / f"unreadable-{folder.name}", ignore_errors=True)
-                    os.rename(folder, self.folder / f"unreadable-{folder.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(folder, aside)
+                    print(f"{folder} is now {aside}, until the run is finished", flush=True)
             if self.former_bests() and not (self.folder / "best").exists():
                 os.rename(self.former_bests()[-1], self.folder / "best")
         self.ranks.wait()
@@ -447,10 +450,9 @@ def read_checkpoint(folder, model, optimizers, ranks):
     Nothing is loaded into model or optimizers yet, and no rank waits for another: reading may fail on one alone.
     """
     state = json.loads((folder / "state.json").read_text())
-    sums = state.pop("crc32")
-    for name in ranks.own(sorted(sums)):                    # together, the ranks check every file
-        if crc32(folder / name) != sums[name]:
-            raise ValueError(f"{name} is not as it was saved")
+    paths, sums = sorted(folder.glob("*.safetensors")), state.pop("crc32")
+    if len(paths) != len(sums) or any(crc32(paths[i]) != sums[i] for i in ranks.own(range(len(sums)))):     # together: all
+        raise ValueError("its files are not as they were saved")
     owners = {f"model.{name}": p for name, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
         owners.update({f"{i}.{j}": p for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"])})
@@ -635,7 +637,7 @@ def tiny_vl_batch(seed, step, batch, _, model, processor):
     return ids, embeddings, weights, rope_positions(model, ids.tolist(), [()] * batch, pictures, ids.shape[1])
 
 
-def pretrain(out, seed=0, steps=900, batch=32, length=80, world="tiny", resume=False, overwrite=False, save_every=200, keep=2):
+def pretrain(out, seed=0, steps=900, batch=32, length=80, world="tiny", resume=False, overwrite=False, save_every=100, keep=2):
     """Make the base of a tiny world ("tiny" or "tiny-vl") in `out`: policy/ (a Hugging Face folder) and traces.jsonl.
 
     Returns the Run. length: words of a document (a scene's document is as long as it is).
@@ -725,8 +727,8 @@ def prepare(args, ranks):
         if not args.traces:
             args.traces, args.limit = [f"{base}/traces.jsonl"], 10**9
     common, args.vae = dict(model=base, limit=args.limit, traces=args.traces), given or str(root / "vae")
-    if not (given and Path(given, "config.json").is_file()):            # a VAE that you name is used as it is
-        stage("vae.py", vae_stage.main if ranks.rank == 0 else None, dict(out=args.vae, **common), ranks)
+    found = given and Path(given, "config.json").is_file()              # a VAE that you name is used as it is
+    stage("vae.py", vae_stage.main if ranks.rank == 0 and not found else None, dict(out=args.vae, **common), ranks)
     folders = {schedule: root / ("sft-none" if schedule == "none" else "sft") for schedule in args.schedule}
     for folder in dict.fromkeys(folders.values()):
         stage("sft.py", main, dict(
@@ -737,16 +739,16 @@ def prepare(args, ranks):
 
 
 def stage(script, main_function, flags, ranks):
-    """Run another script's main (None: another rank does). Where its result is there already it only compares the settings,
-    and refuses others."""
-    name, *argv = *script.split(), *as_flags(**flags)
-    if ranks.rank == 0:
-        print(f"python {name} {shlex.join(argv)}", flush=True)
+    """Run another script's main, and wait for all ranks (None: only wait). Where its result is there already it only compares
+    the settings, and refuses others."""
+    argv = [*script.split()[1:], *as_flags(**flags)]
+    if main_function and ranks.rank == 0:
+        print(f"python {script} {shlex.join(as_flags(**flags))}", flush=True)
     try:
         if main_function:
             main_function(argv)
     except ValueError as error:                             # --overwrite of grpo.py is for RL runs, not for what they start from
-        raise ValueError(str(error).replace("--overwrite to replace it", f"replace it: python {name} ... --overwrite")) from None
+        raise ValueError(str(error).replace("--overwrite to replace it", f"replace it: python {script} ... --overwrite")) from None
     ranks.wait()
 
 
@@ -786,7 +788,7 @@ def parse_args(argv=None):
         kept = ("stage", "model", "out", "steps", "batch", "seed", "save_every", "keep", "resume", "overwrite", "device")
         for name in (name for name in vars(args) if name not in kept and getattr(args, name) != parser.get_default(name)):
             parser.error(f"--{name.replace('_', '-')} is of warmup: pretrain does not read it")
-    elif args.model in TINY_BASES and not args.vae:         # whose domains are known before there is a VAE
+    elif args.model in TINY_BASES and not Path(args.vae or f"runs/{args.model}/vae").exists():      # known before there is a VAE
         check_source(args.prefix, STYLES_OF[args.model])
     args.steps = args.steps if args.steps is not None else 10 if args.stage == "warmup" else 400 if vl else 900
     args.batch = args.batch if args.batch is not None else (64 if args.stage == "warmup" else 48 if vl else 32)
@@ -806,7 +808,7 @@ def main(argv=None):
         run = pretrain(args.out, args.seed, args.steps, args.batch, 80, args.model, args.resume, args.overwrite, args.save_every,
                        args.keep)
         return print(f"the tiny base is in {run.folder}/policy") if ranks.rank == 0 else None
-    check_traces(args.traces)
+    check_traces(args.traces, args.limit)
     needs_vae = args.prefix not in ("none", "noise")
     if ranks.rank == 0:                                 # what is missing of the tiny world is made once
         name = find_model(args.model)

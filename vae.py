@@ -44,13 +44,10 @@ TINY_BASES = {"tiny": "runs/tiny/base", "tiny-vl": "runs/tiny-vl/base"}
 
 # ---- traces -------------------------------------------------------------------------------------------------------------
 
-def check_traces(specs):
-    """ValueError for a local source that is not there: before a base model is made, not after it. (find_model makes the tiny
-    worlds' own.)"""
-    made = {f"{base}/traces.jsonl" for base in TINY_BASES.values()}
-    for source in (spec.partition("=")[2] or spec for spec in specs or ()):
-        if not (source.startswith("hub:") or source in made or Path(source).is_file()):
-            raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
+def check_traces(specs, limit):
+    """Read the local sources, for what load_traces would raise: before a base model is made, not after it."""
+    made = {f"{base}/traces.jsonl" for base in TINY_BASES.values()}                     # by find_model
+    load_traces([spec for spec in specs or () if spec not in made and not spec.rpartition("=")[2].startswith("hub:")], limit)
 
 
 def load_traces(specs, limit=2000):
@@ -61,7 +58,6 @@ def load_traces(specs, limit=2000):
     Raises ValueError naming the file and line of a malformed row, or the domain without rows.
     """
     traces = []
-    check_traces(specs)
     for spec in specs:
         domain, equals, source = spec.partition("=")
         domain, source = (domain, source) if equals else (None, spec)
@@ -74,6 +70,8 @@ def load_traces(specs, limit=2000):
 
 
 def _jsonl_traces(source, domain):
+    if not Path(source).is_file():
+        raise ValueError(f"no such file: {source} (traces are JSONL rows of {{question, answer, domain}})")
     with open(source, "rb") as file:            # lines of bytes end at "\n" alone; str.splitlines would cut at U+2028 too
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -612,7 +610,7 @@ def main(argv=None):
     if known.is_file() and not args.overwrite:
         require_same(f"{args.out} holds a VAE trained", read_json(known).get("settings", {}), settings, "--overwrite to replace it")
         return print(f"using {args.out}")
-    check_traces(args.traces)
+    check_traces(args.traces, args.limit)
     name = find_model(args.model)
     traces = load_traces(args.traces, args.limit)
     tokenizer, table = load_embeddings(name)

@@ -386,17 +386,18 @@ def test_the_closing_evaluation_samples_as_the_rollouts_did_and_resumes(tmp_path
     vae.save(tmp_path / "vae")
     args = SimpleNamespace(
         out=tmp_path, arms=["greedy", "sampling"], vae=str(tmp_path / "vae"), task="tiny", test_data=None, prompt="auto", device="cpu",
-        arm_questions=2, arm_samples=2, length=2, slots=8, independent=False, temperature=0.7, top_p=0.9, max_new_tokens=4, resume=True,
+        arm_questions=2, arm_samples=2, length=2, slots=8, independent=False, temperature=0.7, top_p=0.9, top_k=9, max_new_tokens=4,
+        resume=True,
         algorithm="grpo", source="prior", steps=1, prompts=2, group=2)
     monkeypatch.setattr(evaluate, "rl_table", lambda *_: "")
     monkeypatch.setattr(evaluate, "draw_curves", lambda *_: None)
     asked, original = [], evaluate.answer
-    monkeypatch.setattr(evaluate, "answer", lambda *a: asked.append((a[5].temperature, a[5].top_p)) or original(*a))
+    monkeypatch.setattr(evaluate, "answer", lambda *a: asked.append((a[5].temperature, a[5].top_p, a[5].top_k)) or original(*a))
     policies = {"none": "nowhere", "linear": str(policy_folder)}            # the one under prefixes is what the arms show
     for temperature in (0.7, 0.7, 0.8):                     # the second time all is there; the third has other settings
         args.temperature = temperature
         evaluate.close_rl(args, {}, policies, "cpu")
-    assert asked == [(0.0, 0.9), (0.7, 0.9), (0.0, 0.9), (0.8, 0.9)]
+    assert asked == [(temperature, 0.9, 9) for temperature in (0.0, 0.7, 0.0, 0.8)]
 
 
 def curves(folder, ends, steps=6):

@@ -223,7 +223,7 @@ def gradient_of(model, rollouts, args, reference=None, ranks=ALONE):
         return 0.0
 
     for r in rollouts:
-        r.old = None                                                        # as if newly sampled
+        r.old = None                                                        # as if newly sampled: with --tis, pi_old is pi
     if args.kl:
         remember("reference", reference, rollouts, args, ranks)
     original, grpo.apply_gradients = grpo.apply_gradients, grab
@@ -738,6 +738,8 @@ def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(
     (folder / "config.json").write_text('{"lr": 1}')
     with pytest.raises(ValueError, match=r"another lr.*or replace it: python sft.py \.\.\. --overwrite"):
         sft.stage("sft.py", sft.main, flags, ALONE)
+    with pytest.raises(ValueError, match=r"or replace it: python sft.py pretrain \.\.\. --overwrite"):
+        sft.stage("sft.py pretrain", sft.main, dict(out=folder, resume=True), ALONE)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"sft/config.json is damaged"):
         sft.stage("sft.py", sft.main, flags, ALONE)
@@ -746,9 +748,11 @@ def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(
 def test_the_stages_are_those_that_the_scripts_alone_would_make(monkeypatch):
     """So `python vae.py` or `python sft.py` after `python grpo.py` (or before) use one another's results."""
     built = {}
-    monkeypatch.setattr(sft, "stage", lambda script, _, flags, __: built.setdefault(script.split()[0], []).append(
+    monkeypatch.setattr(sft, "stage", lambda script, main, flags, __: main and built.setdefault(script.split()[0], []).append(
         [*script.split()[1:], *as_flags(**flags)]))
     policies = sft.prepare(grpo.parse_args([]), ALONE)
+    assert sft.prepare(grpo.parse_args([]), Ranks(1, 2, ALONE.device)) == policies and len(built["vae.py"]) == 1     # rank 0's alone
+    assert len(built["sft.py"]) == 6                                        # those three on both ranks
     assert policies == {"none": "runs/tiny/sft-none/policy", **dict.fromkeys(("two-phase", "linear"), "runs/tiny/sft/policy")}
     assert vars(vae_script.parse_args(built["vae.py"][0])) == vars(vae_script.parse_args([]))
     for argv, alone in zip(built["sft.py"], (["pretrain"], ["--prefix", "none"], [])):
@@ -840,8 +844,8 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     (["--schedule", "zigzag"], "--schedule 'zigzag' is none of none, constant"), (["--schedule", "0:1,0.5"], "'0:1,0.5' is none"),
     (["--schedule", "0:2"], "between 0 and 1"), (["--schedule", "0.5:1,0:0"], "of rising tau"), (["--schedule", "0:nan"], "between"),
     (["--tis", "0.5"], "--tis must be 0 (off) or at least 1"), (["--reward", "accuracy=nan"], "accuracy=nan is not a number"),
-    (["--seed", "1", "2", "1"], "--seed names 1 2 1"), (["--schedule", "none", "none"], "--schedule names none none"),
-    (["--length", "0"], "inject nothing"), (["--source", "none", "--schedule", "none", "linear"], "inject nothing"),
+    (["--seed", "1", "2", "1"], "--seed names a run twice"), (["--schedule", "none", "none"], "--schedule names a run twice"),
+    (["--length", "0"], "injects nothing"), (["--source", "none", "--schedule", "none", "linear"], "injects nothing"),
     (["--reward", "accuracy=0"], "a weight that is not 0"), (["--reward", "format=1", "format=2"], "each name once"),
     (["--top-p", "0"], "0 < top_p <= 1"), (["--prompts", "3", "--minibatches", "2"], "cannot be split over 1 ranks x 2 minibatches"),
 ])

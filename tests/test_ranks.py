@@ -286,7 +286,13 @@ def test_a_full_disk_on_one_rank_ends_all_and_leaves_the_last_checkpoint(tmp_pat
 def whole_job(ranks, flags):
     """grpo.py from the warm-up to the closing table, which rank 0 makes alone, long after the others have ended."""
     close = grpo.evaluate.close_rl
-    grpo.evaluate.close_rl = lambda *arguments: time.sleep(2) or close(*arguments)
+
+    def close_rl(*arguments):
+        assert not torch.distributed.is_initialized()
+        time.sleep(2)
+        close(*arguments)
+
+    grpo.evaluate.close_rl = close_rl
     grpo.main(flags)
 
 

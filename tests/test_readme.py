@@ -1,4 +1,5 @@
 """The README's figures are those of the committed JSON, its commands exist, and its line counts are true."""
+import ast
 import json
 import re
 import subprocess
@@ -23,6 +24,14 @@ def test_the_line_counts_are_about_true():
     assert set(counts) == {path.name for path in ROOT.glob("*.py")}
     for name, lines in counts.items():
         assert abs(int(lines) - len((ROOT / name).read_text().splitlines())) <= 0.1 * int(lines), f"{name}: see wc -l *.py"
+
+
+def test_the_rl_loop_stays_short():
+    """A file that reads as the algorithm can be held in the head, and so can a function of any file."""
+    assert len((ROOT / "grpo.py").read_text().splitlines()) < 450
+    for path in ROOT.glob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60, path.name
 
 
 def test_every_link_of_the_pages_leads_somewhere():

@@ -192,11 +192,11 @@ def test_a_checkpoint_with_a_missing_or_changed_file_is_refused(tmp_path, model)
     path = tmp_path / "r" / "checkpoint-000001" / "tensors.safetensors"
     saved = path.read_bytes()
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="its files are not as they were saved"):
         sft.read_checkpoint(path.parent, model, [], ALONE)
     for content in (saved[:-1], saved[:-8192] + bytes(4096) + saved[-4096:]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="tensors.safetensors is not as it was saved"):
+        with pytest.raises(ValueError, match="its files are not as they were saved"):
             sft.read_checkpoint(path.parent, model, [], ALONE)
     path.write_bytes(saved)
     assert sft.read_checkpoint(path.parent, model, [], ALONE)[1] == {"step": 1}
@@ -214,7 +214,9 @@ def test_a_checkpoint_that_cannot_be_read_now_is_set_aside_not_deleted(tmp_path,
         return original(folder, *arguments)
 
     monkeypatch.setattr(sft, "read_checkpoint", read)
-    assert run.restore(model, [])["step"] == 1 and f"cannot be read ({said}" in capsys.readouterr().out
+    assert run.restore(model, [])["step"] == 1
+    printed = capsys.readouterr().out
+    assert f"cannot be read ({said}" in printed and "is now" in printed
     assert (tmp_path / "r" / "unreadable-checkpoint-000002" / "tensors.safetensors").is_file()
     run.finish(model, tokenizer)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "policy"]
@@ -444,12 +446,22 @@ def test_bad_flags_end_with_one_sentence(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_domain_of_the_vae_that_is_there_may_be_a_prefix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="unknown prefix source 'poetry'"):
+        sft.parse_args(["--prefix", "poetry"])
+    (tmp_path / "runs" / "tiny" / "vae").mkdir(parents=True)                # made by vae.py from traces of one's own
+    assert sft.parse_args(["--prefix", "poetry"]).prefix == "poetry"
+
+
 def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(tmp_path, monkeypatch, policy_folder):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "traces.jsonl").write_text('{"question": "calc 1 + 1 ?", "answer": "so 2", "domain": "math"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"question": "calc')
     for argv, message in ((["--prefix", "poetry"], "unknown prefix source 'poetry'"), (["--traces", "x.jsonl"], "no such file: x.jsonl"),
+                          (["--traces", "torn.jsonl"], "torn.jsonl, line 1: not JSON"),
                           (["--model", str(policy_folder), "--traces", "traces.jsonl", "--prefix", "none", "--max-tokens", "3"],
                            "over --max-tokens 3: raise it")):
         with pytest.raises(ValueError, match=message):
             sft.main([*argv, "--device", "cpu"])
-    assert [path.name for path in tmp_path.iterdir()] == ["traces.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["torn.jsonl", "traces.jsonl"]

@@ -344,9 +344,9 @@ def test_a_policy_folder_is_standard_and_reads_images(vl):
         prompt_of({"question": "box", "image": scene["image"]}, tiny_tokenizer())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(vl, checkpointing):
-    alone, args = Ranks(0, 1, torch.device("cpu")), SimpleNamespace(precision="fp32", checkpointing=checkpointing)
+@pytest.mark.parametrize("checkpointing, precision", [(False, "fp32"), (True, "fp32"), (False, "bf16")])
+def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(vl, checkpointing, precision):
+    alone, args = Ranks(0, 1, torch.device("cpu")), SimpleNamespace(precision=precision, checkpointing=checkpointing)
     name = str(vl["folder"] / "policy")
     model, reader = load_trainable(name, alone, args)
     reference = load_reference(name, model, alone, args)
@@ -357,7 +357,9 @@ def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(vl, ch
     lm_step(model, rows, [None] * 3, alone)
     apply_gradients(model, [make_optimizer(model, 1e-3)], alone)
     for (key, p), other in zip(model.named_parameters(), reference.parameters()):
-        assert torch.equal(p, before[key]) == (".visual." in key) and torch.equal(other, before[key]), key
+        shared = ".visual." in key
+        assert torch.equal(p, before[key]) == shared and torch.equal(other, before[key].to(other.dtype)), key
+        assert other.dtype == (torch.bfloat16 if precision == "bf16" and not shared else torch.float32)
         assert (p.data_ptr() == other.data_ptr()) == (".visual." in key) and not other.requires_grad
 
 
