@@ -1,6 +1,6 @@
 """How long does one GRPO step take? Ours beside TRL's GRPOTrainer, at equal settings.
 
-    python tests/bench_step.py            # a tiny model and one of 12 layers, about 15 minutes; --quick: under 45 s, the tiny one
+    python tests/bench_step.py            # a tiny model and one of 12 layers, about 25 minutes; --quick: under 45 s, the tiny one
     pip install trl                       # the other side; without it ours is measured alone
 
 One step: 8 prompts of 16 to 48 tokens x 8 rollouts are sampled (temperature 1, no filters), decoded to text and rewarded by the
@@ -9,7 +9,8 @@ term, fp32, no gradient checkpointing, metrics included. Both sides start from t
 to uniform, so the share of words that end a completion sets the lengths: none ("to the limit": every completion has 48 tokens,
 so both sides do the same work), or one in 43 ("with a tail": the same distribution on both sides, mean about 40, cut at 128).
 Process-CPU seconds on one thread: TRL's trainer runs, and after each of its steps, outside its clock, we take one of ours;
-medians without the first step. The last line is JSON with every figure.
+medians without the first step. The last column is the share of one more step of ours that the profiler finds in matrix products:
+what nobody can do faster with the same sums. The last line is JSON with every figure.
 """
 import argparse
 import copy
@@ -111,6 +112,14 @@ def trl_steps(model, tokenizer, prompts, ends, limit, repeats, after):
                     callbacks=[Clock()]).train()
 
 
+def matrix_share(step):
+    """The share of a step's time that is spent in matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(times.get(f"aten::{name}", 0) for name in ("mm", "bmm", "addmm", "addmm_")) / sum(times.values())
+
+
 def compare(name, shape, kind, repeats, with_trl):
     """One line of the table: medians of both sides."""
     (limit, one_in), vocab, rng = TASKS[kind], shape[-1], torch.Generator().manual_seed(0)
@@ -138,8 +147,9 @@ def compare(name, shape, kind, repeats, with_trl):
     figures = {f"{side}_s": round(value, 3) for side, value in middle.items()}
     figures.update({f"{side}_tokens": round(statistics.mean(values[1:])) for side, values in tokens.items() if values})
     figures["ratio"] = round(middle["trl"] / middle["ours"], 2) if with_trl else None
+    figures["matrix_share"] = round(matrix_share(step), 2)
     print(f"| {name}, {kind} | {figures.get('trl_tokens', '-')} / {figures['ours_tokens']} | {figures.get('trl_s', '-')} | "
-          f"{figures['ours_s']} | {figures['ratio'] or '-'}{'x' if with_trl else ''} |", flush=True)
+          f"{figures['ours_s']} | {figures['ratio'] or '-'}{'x' if with_trl else ''} | {figures['matrix_share']:.0%} |", flush=True)
     return {**figures, "repeats": repeats}
 
 
@@ -157,7 +167,8 @@ def main():
         other = None
         print("TRL is not installed, so ours is measured alone: pip install trl\n")
     note = f"{hardware('cpu')}{f', {other}' if other else ''}, {datetime.date.today()}"
-    print(f"{note}\n\n| one step of 64 rollouts | sampled tokens, TRL / ours | TRL s | ours s | ratio |\n|---|---|---|---|---|")
+    print(f"{note}\n\n| one step of 64 rollouts | sampled tokens, TRL / ours | TRL s | ours s | ratio | products |\n"
+          "|---|---|---|---|---|---|")
     lines = {}
     for name, shape in list(SHAPES.items())[:1 if args.quick else 2]:
         for kind in TASKS:
