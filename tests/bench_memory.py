@@ -27,7 +27,7 @@ FLAGS = {"(none)": {}, "bf16": dict(bf16=True), "bf16, checkpointing": dict(bf16
          "fsdp, bf16": dict(fsdp=True, bf16=True), "fsdp, bf16, checkpointing": dict(fsdp=True, bf16=True, checkpointing=True),
          "and bf16 rollouts": dict(fsdp=True, bf16=True, checkpointing=True, rollout=2),
          "and kl": dict(fsdp=True, bf16=True, checkpointing=True, rollout=2, kl=True)}
-TOLERANCE = 0.2             # of the measured growth
+TOLERANCE = 0.12            # of the measured growth
 
 
 def config_of(vocab_size=151936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **shape):
@@ -94,7 +94,9 @@ def measured_shape(quick):
 
 
 def child(quick, options):
-    """Two updates (or a rollout) of a random model; prints the growth of this process's peak memory over its state before."""
+    """Two updates (or a rollout) of a random model; prints the growth of this process's peak memory over its state before.
+
+    Each update has two micro-batches: the second one meets the gradients of the first, as the formula has it."""
     import resource
     from prefix import Decoder, Sampling
     from sft import Ranks, apply_gradients, lm_step, make_optimizer
@@ -111,7 +113,7 @@ def child(quick, options):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in model.model.layers:
             layer.training = True
-    optimizer, rows = make_optimizer(model, 1e-3), [([1] * 64, [2] * 192)] * (options["tokens"] // 256)
+    optimizer, rows = make_optimizer(model, 1e-3), [([1] * 64, [2] * 192)] * (2 * options["tokens"] // 256)      # 2 micro-batches
     for _ in range(2):
         lm_step(model, rows, [None] * len(rows), ranks, options["tokens"], precision)
         apply_gradients(model, [optimizer], ranks)
@@ -123,7 +125,7 @@ def child(quick, options):
 
 def measure(quick):
     """(name, computed, measured) in GiB for four runs on the CPU, each in a process of its own."""
-    tokens, rows, here = 1024 if quick else 2048, [], str(Path(__file__).parent)
+    tokens, rows, here = 768 if quick else 2048, [], str(Path(__file__).parent)
     update = dict(slots=0, columns=0, tokens=tokens)
     cases = {"update": update, "update, checkpointing": dict(update, checkpointing=True), "update, bf16": dict(update, bf16=True),
              "rollout": dict(slots=64, columns=1024, tokens=256)}
