@@ -3,14 +3,18 @@
 Nothing here downloads or trains for long; every folder is pytest's own.
 """
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)        # two threads on two busy cores are many times slower than one
+tqdm.monitor_interval = 0       # no thread of its own, and
+tqdm.set_lock(threading.RLock())        # no lock shared with forked ranks: one that is killed while it draws would block all others
 
 
 @pytest.fixture(scope="session")
