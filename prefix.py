@@ -472,7 +472,9 @@ class Decoder:
         """Allocate cache and per-slot state, unless those of the last call are large enough."""
         columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
         like = torch.empty(0, dtype=self.dtype, device=device)
-        cos, sin = self.text.rotary_emb(like, torch.arange(columns, device=device)[None])
+        sections = getattr(self.text.rotary_emb, "mrope_section", None)  # vision: the position's axis that turns a channel
+        positions = torch.arange(columns, device=device).expand(*(3, 1) if sections else (1,), -1)  # [1, columns] or [3, 1, columns]
+        cos, sin = self.text.rotary_emb(like, positions)
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
             slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)
@@ -492,7 +494,6 @@ class Decoder:
         self.is_end[self.eos_ids] = True
         # [columns, D]; "rotate half" flips the sign of its first half, which the sine takes over
         self.cos, self.sin = cos[0], torch.cat([-sin[0, :, :dim // 2], sin[0, :, dim // 2:]], -1)
-        sections = getattr(self.text.rotary_emb, "mrope_section", None)  # vision: the position's axis that turns a channel
         self.axis = sections and torch.arange(3, device=device).repeat_interleave(torch.tensor(sections, device=device)).repeat(2)
 
     def _norm(self, x, weight):
