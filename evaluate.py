@@ -193,6 +193,7 @@ SETTINGS = ("model", "vae", "task", "test_data", "prompt", "questions", "samples
 
 
 def settings_of(args):
+    """What config.json keeps, and what an evaluation that goes on must share."""
     return {name: getattr(args, name) for name in SETTINGS}
 
 

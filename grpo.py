@@ -352,7 +352,8 @@ def add_all_flags(parser):
               advantage=(str, "baseline and scale (default: %(default)s)", ("mean-std", "mean", "leave-one-out")),
               mean_over=(str, "what the loss is a mean over (default: %(default)s)", ("sequence", "token", "constant")),
               ratio=(str, "importance ratio of each token or completion (default: %(default)s)", ("token", "sequence")),
-              clip_low=(float, "PPO clip below 1 (default: %(default)s)", 0), clip_high=(float, "above (default: %(default)s)", 0),
+              clip_low=(float, "PPO clip below 1 (default: %(default)s)", 0),
+              clip_high=(float, "PPO clip above 1 (default: %(default)s)", 0),
               resample=(int, "fresh prompts tried in place of one without signal (default: %(default)s)", 0),
               tis=(0.0, "weigh tokens by min(pi_old / pi_sampler, TIS); 0: off", 0),
               kl=(0.0, "weight of the KL to the starting policy; 0: none is held", 0))

@@ -473,8 +473,8 @@ class Decoder:
         columns, slots, device = max(self.max_length or columns, self.columns), self.max_slots or 64, self.weight.device
         like = torch.empty(0, dtype=self.dtype, device=device)
         sections = getattr(self.text.rotary_emb, "mrope_section", None)  # vision: the position's axis that turns a channel
-        positions = torch.arange(columns, device=device).expand(*(3, 1) if sections else (1,), -1)  # [1, columns] or [3, 1, columns]
-        cos, sin = self.text.rotary_emb(like, positions)
+        positions = torch.arange(columns, device=device)[None]  # [1, columns]
+        cos, sin = self.text.rotary_emb(like, positions.expand(3, 1, -1) if sections else positions)  # [1, columns, D]
         dim, layers = cos.shape[-1], self.config.num_hidden_layers
         if self.max_slots is None and self.cuda:  # logits and their copies take about 24 bytes per slot and word
             slot_bytes = 2 * columns * layers * self.kv * dim * self.dtype.itemsize + 24 * len(self.weight)

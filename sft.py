@@ -6,6 +6,8 @@
             ordinary Hugging Face folder, so that nothing downstream knows it is special. `--model tiny-vl`: a small Qwen2.5-VL
             with its vision tower, on drawn scenes.
 
+It also builds what comes before RL (`prepare`): base, VAE and warm-up, where they are missing.
+
 Departs from the paper, which gives no learning rate or batch size: ours are flags. Randomness is a pure function of
 (seed, step, row), so a resumed run needs no generator state, and N ranks see the batches that one rank would.
 

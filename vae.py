@@ -555,7 +555,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, "data",
               model=("tiny", "whose embeddings: hub name, folder, tiny or tiny-vl"),
-              traces=([str], "JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own traces)", "[DOMAIN=]SOURCE"),
+              traces=([str], "JSONL files or hub:DATASET[:CONFIG[:SPLIT]] (default: the tiny world's own)", "[DOMAIN=]SOURCE"),
               limit=(2000, "traces kept per source", 1),
               out=(str, "folder of the VAE (default: runs/MODEL/vae for tiny and tiny-vl, needed otherwise)"),
               overwrite=(False, "replace a VAE of other settings in --out"))
