@@ -1,449 +1,1198 @@
-"""GRPO with latent injection (Sec. 3.4, Eq. 12-14): part of every group of rollouts reasons under a sampled prefix.
+"""GRPO with latent injection (Sec. 3.4, Eq. 12-14): part of every group reasons under a prefix.
 
-One step of train(): collect() rolls out and judges, a share rho(tau) of each group under a prefix, and compares each group's
-rollouts; update() takes a gradient step on policy_loss(). Departs from the GRPO paper, or chooses what Reasoning Palette leaves:
-  1. Guided and unguided rollouts share one group baseline (Eq. 12, 13). rho * G is rounded at random, right on average. Every
-     guided rollout draws its own z (the paper: one per prompt, --latent-per prompt): a group of one strategy can compare none.
-  2. The loss scores each rollout under the same prefix, temperature and filters that it was sampled with (Eq. 14). pi_old is what
-     the decoder sampled from, not a second forward (log_ratio_start tells how far the two differ; --tis corrects it).
+One step of `train_policy`, each verb a function below:
+    plan      for each prompt, for each of its G rollouts: guided or not (Eq. 12), prefix, seeds
+    generate  the batched decoder writes the completions
+    judge     the task and the reward functions say what each completion earns
+    compare   advantages: each rollout against its own group (Eq. 13)
+    weigh     what a token counts in the loss, as a share of a count over all ranks
+    update    micro-batches through policy_loss (Eq. 14), backward, one optimizer step
+    measure   metrics by name, of guided and unguided rollouts apart
+
+Departs from the GRPO paper, or chooses what Reasoning Palette leaves open:
+  1. Guided and unguided rollouts share one group baseline (Eq. 12, 13). rho * G is rounded at
+     random, right on average. Every guided rollout draws its own z (the paper: one per prompt,
+     --latent-per prompt): a group of one strategy has nothing to compare.
+  2. The loss scores each rollout under the same prefix, temperature and filters that it was
+     sampled with (Eq. 14). pi_old is what the decoder sampled from, not a second forward
+     (the metric log_ratio_start tells how far the two differ; --tis corrects it).
   3. The KL term to a reference is off by default, and then no reference model is held.
-  4. Everything random is a pure function of (seed, step, prompt, rollout): a resumed run needs no generator state, and N
-     ranks sample what one rank would.
+  4. Everything random is a pure function of (seed, step, prompt, rollout): a resumed run needs no
+     generator state, and N ranks sample what one rank would.
 
 Run it (the first command builds all that is missing: base model, VAE, warm-up):
-    python grpo.py                                          # the tiny world, three schedules, a table at the end
-    python grpo.py --model tiny-vl                          # the same for a vision-language model on drawn scenes
-    python grpo.py --algorithm gspo --schedule two-phase 0:0,0.3:1,0.3:0       # a schedule of one's own, as tau:rho points
-    python grpo.py --model Qwen/Qwen3-0.6B --task gsm8k --out runs/qwen --traces math=... code=... --schedule two-phase
-    torchrun --nproc_per_node=4 grpo.py --model ...         # the same on four GPUs: each rolls out its own prompts
+    python grpo.py                               # the tiny world: three schedules, tables
+    python grpo.py --model tiny-vl               # a vision-language model on drawn scenes
+    python grpo.py --algorithm gspo --schedule two-phase 0:0,0.3:1,0.3:0     # tau:rho points
+    python grpo.py --task my_task.py --reward accuracy=1 my_rewards.py:brevity=0.2
+    python grpo.py --model Qwen/Qwen3-0.6B --task gsm8k --out runs/qwen --traces math=... code=...
+    torchrun --nproc_per_node=4 grpo.py --model ...      # each GPU rolls out its own prompts
+From Python: `from grpo import GRPOConfig, train`, then `train(GRPOConfig(steps=20))`.
 """
-import argparse
+
+import contextlib
+import json
 import math
 import random
+import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.hf_argparser import HfArg
 
 import evaluate
 import sft
-from prefix import (PRECISIONS, SOURCES, Decoder, Palette, Sampling, add_sampling_flags, check_prompts,
-                    completion_logprobs, end_ids, micro_batches, prompt_of, texts_of, whole)
-from rewards import PROMPT_STYLES, REWARDS, TASKS, load_task, overlong, reward_weights, stop_strings
-from sft import (Ranks, Run, apply_gradients, autocast, by_part, load_reference, load_trainable, make_optimizer, means,
-                 rows_of_step, seed_of, set_learning_rate)
-from vae import VAE, add_flags, check_traces, run_main
+import vae
+from prefix import (
+    PRECISIONS,
+    SOURCES,
+    Decoder,
+    Palette,
+    Prefix,
+    Prompt,
+    Sampling,
+    check_prompts,
+    check_source,
+    completion_logprobs,
+    end_ids,
+    micro_batches,
+    prompt_of,
+    texts_of,
+    unshard,
+)
+from rewards import (
+    DEFAULT_WORLD,
+    PROMPT_STYLES,
+    Reward,
+    Task,
+    find_model,
+    load_rewards,
+    load_task,
+    score_rewards,
+    stop_strings,
+    weighted_sum,
+    world_defaults,
+    world_domains,
+    world_of,
+    world_root,
+)
+from sft import Ranks, Run, seed_of
+from vae import require_at_least
 
-# What tells the algorithms apart: the defaults of six flags, for advantages, set_weights, policy_loss and collect. In a first
-# update, where every ratio is 1, the gradient of gspo is that of grpo, and dr-grpo's is rloo's times (G - 1) / G.
-PRESETS = ("advantage", "mean_over", "ratio", "clip_low", "clip_high", "resample")
-ALGORITHMS = {"grpo": ("mean-std", "sequence", "token", 0.2, 0.2, 0),               # arXiv 2402.03300
-              "rloo": ("leave-one-out", "constant", "token", 0.2, 0.2, 0),          # 2402.14740 sums over tokens; ours / constant
-              "dr-grpo": ("mean", "constant", "token", 0.2, 0.2, 0),                # 2503.20783
-              "dapo": ("mean-std", "token", "token", 0.2, 0.28, 2),                 # 2503.14476; and --reward ... overlong=1
-              "gspo": ("mean-std", "sequence", "sequence", 3e-4, 4e-4, 0)}          # 2507.18071
+# ---- settings ------------------------------------------------------------------------------------
 
-# ---- the share of guided rollouts (Eq. 12) ------------------------------------------------------------------------------
+# What tells the algorithms apart: the defaults of six settings, which advantages, token_weight,
+# policy_loss and collect read. In a first update, where every ratio is 1, the gradient of gspo is
+# that of grpo, and dr-grpo's is rloo's times (G - 1) / G. RLOO's paper sums over tokens; ours
+# divides the sum by a constant. DAPO's also has --reward accuracy=1 overlong=1.
+GRPO = {
+    "advantage": "mean-std",
+    "mean_over": "sequence",
+    "ratio": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "resample": 0,
+}
+ALGORITHMS = {
+    "grpo": GRPO,  # arXiv 2402.03300
+    "rloo": {**GRPO, "advantage": "leave-one-out", "mean_over": "constant"},  # 2402.14740
+    "dr-grpo": {**GRPO, "advantage": "mean", "mean_over": "constant"},  # 2503.20783
+    "dapo": {**GRPO, "mean_over": "token", "clip_high": 0.28, "resample": 2},  # 2503.14476
+    "gspo": {**GRPO, "ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},  # 2507.18071
+}
 
-# rho(tau) as points tau:rho, linear between them, level beyond; at a repeated tau it jumps, to the later point's rho.
+# rho(tau) as points tau:rho, linear between them, level beyond; at a repeated tau it jumps, to the
+# later point's rho. The paper's are two-phase and linear.
 SCHEDULES = {"none": "0:0", "constant": "0:1", "two-phase": "0:1,0.5:1,0.5:0", "linear": "0:1,1:0"}
+
+# The defaults of a real model; a world's file has its own (DEFAULTS there).
+REAL_MODEL = {
+    "out": "runs/real",
+    "schedule": ["two-phase"],
+    "steps": 200,
+    "lr": 1e-6,
+    "sft_lr": 1e-5,
+    "max_new_tokens": 512,
+    "eval_questions": 128,
+    "tokens_per_batch": 8192,
+    "save_every": 20,
+}
+
+
+@dataclass
+class GRPOConfig(sft.TrainingConfig):
+    """The settings of a job: one RL run for each schedule and seed.
+
+    A field that is None is filled in: by the algorithm's preset, by the world's DEFAULTS, or by
+    REAL_MODEL. Raises ValueError, in one sentence, for settings that cannot work together.
+    """
+
+    # Model and data.
+    model: str = HfArg(default=DEFAULT_WORLD, help="hub name, folder, a world's name or its file")
+    task: str | None = HfArg(
+        default=None, help="gsm8k, math, a task file, ... (default: the world)"
+    )
+    train_data: str | None = HfArg(default=None, help="JSONL or hub:DATASET (default: the task's)")
+    test_data: str | None = HfArg(default=None, help="of the evaluations (default: the task's)")
+    prompt: Literal[PROMPT_STYLES] = HfArg(default="auto", help="prompt format")
+    out: str | None = HfArg(default=None, help="folder of all stages", compare=False)
+
+    # Injection (Eq. 9, 12).
+    schedule: list[str] | None = HfArg(
+        default=None,
+        help=f"one run each: {', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0 "
+        "with a jump at 0.5 (default: the world's, or two-phase)",
+    )
+    source: str = HfArg(default="prior", help="of prefixes: a name in prefix.SOURCES or a domain")
+    length: int = HfArg(default=8, help="prefix rows L")
+    independent: bool = HfArg(default=False, help="L independent latents instead of one tiled")
+    latent_per: Literal["rollout", "prompt"] = HfArg(default="rollout", help="one z each")
+
+    # Reward and loss (Eq. 13, 14). The algorithm is a preset of the six settings behind it.
+    reward: list[str] = HfArg(
+        default_factory=lambda: ["accuracy=1"],
+        help="NAME=WEIGHT or FILE.py:FUNCTION=WEIGHT; the reward is their weighted sum",
+    )
+    truncated: Literal["keep", "mask", "penalise"] = HfArg(
+        default="keep", help="cut-off completions: train on them, not on them, or take 1 off"
+    )
+    algorithm: str = HfArg(default="grpo", help=f"one of {', '.join(ALGORITHMS)}")
+    advantage: str | None = HfArg(default=None, help="mean-std, mean or leave-one-out")
+    mean_over: str | None = HfArg(default=None, help="of the loss: sequence, token or constant")
+    ratio: str | None = HfArg(default=None, help="importance ratio of each token or sequence")
+    clip_low: float | None = HfArg(default=None, help="PPO clip below 1")
+    clip_high: float | None = HfArg(default=None, help="PPO clip above 1")
+    resample: int | None = HfArg(default=None, help="fresh prompts tried for one without signal")
+    tis: float = HfArg(default=0.0, help="cap of pi_old / pi_sampler, a token's weight; 0: off")
+    kl: float = HfArg(default=0.0, help="weight of the KL to the starting policy; 0: none is held")
+
+    # Training.
+    steps: int | None = HfArg(default=None, help="batches of rollouts (default: the world's, 200)")
+    prompts: int = HfArg(default=8, help="prompts per step, over all ranks")
+    group: int = HfArg(default=8, help="rollouts per prompt G, which are compared")
+    epochs: int = HfArg(default=1, help="passes over each batch of rollouts")
+    minibatches: int = HfArg(default=1, help="updates per pass")
+    lr: float | None = HfArg(default=None, help="AdamW's (default: the world's, or 1e-6)")
+    seed: list[int] = HfArg(default_factory=lambda: [0], help="RL seeds, one run each")
+
+    # Sampling of rollouts.
+    temperature: float = HfArg(default=1.0, help="of rollouts")
+    top_p: float = HfArg(default=1.0, help="likeliest tokens kept, by their sum; 1: all")
+    top_k: int = HfArg(default=0, help="likeliest tokens kept, by number; 0: all")
+    max_new_tokens: int | None = HfArg(default=None, help="(default: the world's, or 512)")
+    slots: int = HfArg(default=64, help="rows decoded at a time", compare=False)
+    rollout_precision: Literal["fp32", "bf16"] = HfArg(
+        default="fp32", help="bf16 halves the decoder's memory; a slightly other policy: --tis"
+    )
+
+    # Evaluation without prefix on the way; the arms of the table at the end (0: no such table).
+    eval_every: int = HfArg(default=10, help="steps between greedy evaluations")
+    eval_questions: int | None = HfArg(default=None, help="(default: the world's, or 128)")
+    closing_questions: int = HfArg(default=64, help="of the arms at the end", compare=False)
+
+    # Stages before RL, with a config.json of their own; the defaults are the world's, if it is one.
+    vae: str | None = HfArg(default=None, help="VAE folder (default: OUT/vae)", compare=False)
+    traces: list[str] | None = HfArg(default=None, help="[DOMAIN=]SOURCE ...", compare=False)
+    limit: int = HfArg(default=2000, help="traces kept per source of your own", compare=False)
+    sft_lr: float | None = HfArg(default=None, help="of the warm-up", compare=False)
+    base_seed: int = HfArg(default=0, help="seed of a world's base model", compare=False)
+    base_steps: int | None = HfArg(default=None, help="its pretraining steps", compare=False)
+
+    def __post_init__(self):
+        if self.algorithm not in ALGORITHMS:
+            names = ", ".join(ALGORITHMS)
+            raise ValueError(f"--algorithm '{self.algorithm}' is unknown: choose from {names}")
+        self.fill_in_defaults()
+        super().__post_init__()
+        require_at_least(self, group=2)
+        require_at_least(self, steps=1, prompts=1, epochs=1, minibatches=1)
+        require_at_least(self, max_new_tokens=1, slots=1, eval_every=1, eval_questions=1)
+        require_at_least(self, limit=1, base_steps=1)
+        require_at_least(self, length=0, clip_low=0, clip_high=0, resample=0, tis=0, kl=0, lr=0)
+        require_at_least(self, sft_lr=0, temperature=0, closing_questions=0)
+        self.check_combinations()
+
+    def fill_in_defaults(self):
+        """Give every None field its value, where there is one."""
+        names = [field.name for field in fields(self)]
+        preset = ALGORITHMS[self.algorithm]
+        for name in preset:
+            if name not in names:
+                raise ValueError(f"preset '{self.algorithm}': '{name}' is no setting of GRPOConfig")
+
+        defaults = {**REAL_MODEL, **world_defaults(self.model), **preset}
+        if world_of(self.model):
+            defaults.setdefault("task", self.model)
+            defaults["out"] = world_root(self.model)
+        for name, value in defaults.items():
+            if name in names and getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def check_combinations(self):
+        """ValueError for settings that together would fail after an hour, or train on nothing."""
+        if self.task is None:
+            raise ValueError("--task is needed for a model of your own, e.g. --task gsm8k")
+        if not self.traces and not world_of(self.model):
+            raise ValueError("--traces is needed for a model of your own: math=traces.jsonl, ...")
+        if self.temperature == 0:
+            raise ValueError("--temperature must be above 0: greedy rollouts are all the same")
+        if 0 < self.tis < 1:
+            raise ValueError(f"--tis must be 0 (off) or at least 1, not {self.tis}")
+        injects_nothing = self.source == "none" or self.length == 0
+        if injects_nothing and self.schedule != ["none"]:
+            raise ValueError("--source none or --length 0 injects nothing: use --schedule none")
+        for flag, values in (("schedule", self.schedule), ("seed", self.seed)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{flag} names a run twice")
+        for schedule in self.schedule:
+            points_of(schedule)
+        sampling_of(self)
+        # The formulas once on nothing: a name that they do not know speaks at once.
+        advantages(torch.zeros(1, 2), self.advantage)
+        token_weight(self.mean_over, 1, 1, 1, self.max_new_tokens)
+        loss_of([], torch.zeros(0), torch.zeros(0), self)
+
+
+def sampling_of(config):
+    """How rollouts are sampled, and so how training scores them."""
+    limit = config.max_new_tokens
+    return Sampling(config.temperature, config.top_p, config.top_k, max_new_tokens=limit)
+
+
+# ---- the share of guided rollouts (Eq. 12) -------------------------------------------------------
 
 
 def points_of(schedule):
-    """The points of a schedule, named or written out: "0:1,1:0" -> [(0, 1), (1, 0)]. ValueError if it cannot be one."""
-    try:
-        points = [tuple(map(float, point.split(":", 1))) for point in SCHEDULES.get(schedule, schedule).split(",")]
-        if all(0 <= tau <= 1 and 0 <= rho <= 1 for tau, rho in points) and points == sorted(points, key=lambda x: x[0]):
-            return points
-    except ValueError:                                      # not numbers, or not two: none of them, either
-        pass
-    raise ValueError(f"--schedule '{schedule}' is none of {', '.join(SCHEDULES)}, nor points tau:rho between 0 and 1 of rising tau")
+    """The points of a schedule, named or written out: "0:1,1:0" -> [(0.0, 1.0), (1.0, 0.0)].
+
+    Raises ValueError if it cannot be one.
+    """
+    names = ", ".join(SCHEDULES)
+    points = "points tau:rho between 0 and 1 of rising tau"
+    problem = f"--schedule '{schedule}' is none of {names}, nor {points}"
+    points = []
+    for point in SCHEDULES.get(schedule, schedule).split(","):
+        try:
+            tau, rho = point.split(":")
+            tau, rho = float(tau), float(rho)
+        except ValueError:
+            raise ValueError(problem) from None
+
+        if not (0 <= tau <= 1 and 0 <= rho <= 1):
+            raise ValueError(problem)
+        if points and tau < points[-1][0]:
+            raise ValueError(problem)
+        points.append((tau, rho))
+    return points
 
 
-def rho_at(schedule, tau):
+def rho_at(points, tau):
     """The share of each group that carries a prefix when the share tau of the training is done."""
-    points = points_of(schedule)
+    first_tau, first_rho = points[0]
+    if tau < first_tau:
+        return first_rho
     for (tau0, rho0), (tau1, rho1) in zip(points, points[1:]):
         if tau0 <= tau < tau1:
             return rho0 + (rho1 - rho0) * (tau - tau0) / (tau1 - tau0)
-    return points[0][1] if tau < points[0][0] else points[-1][1]
+    last_tau, last_rho = points[-1]
+    return last_rho
 
 
 def guided_count(rho, group, u):
-    """rho * G rounded up or down by u, uniform in [0, 1): its mean is rho * G, which the nearest integer's is not."""
+    """rho * G rounded up or down by u, uniform in [0, 1).
+
+    Our choice: its mean is rho * G, which the nearest integer's is not.
+    """
     return math.ceil(rho * group - u)
 
 
-# ---- advantages and loss (Eq. 13, 14) -----------------------------------------------------------------------------------
+# ---- advantages, weights and loss (Eq. 13, 14) ---------------------------------------------------
+
 
 def advantages(rewards, how):
     """rewards [P, G] -> advantages [P, G], each group (a row) against its own baseline (Eq. 13).
 
-    mean-std: (r - mean) / (std + 1e-4), with the sample standard deviation. mean: r - mean. leave-one-out: r - mean of the
-    *other* G - 1 rollouts, which is `mean` times G / (G - 1). Example: (1, 0, 0, 0) gives leave-one-out (1, -1/3, -1/3, -1/3).
+    mean-std: (r - mean) / (std + 1e-4), with the sample standard deviation. mean: r - mean.
+    leave-one-out: r - mean of the *other* G - 1 rollouts, which is `mean` times G / (G - 1).
+    Example: (1, 0, 0, 0) gives leave-one-out (1, -1/3, -1/3, -1/3).
     """
     group = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
+    if how == "mean":
+        return centred
     if how == "mean-std":
         return centred / (rewards.std(1, keepdim=True) + 1e-4)
-    return centred * group / (group - 1) if how == "leave-one-out" else centred
+    if how == "leave-one-out":
+        return centred * group / (group - 1)
+    raise ValueError(f"--advantage '{how}' is unknown: choose mean-std, mean or leave-one-out")
 
 
-# What policy_loss and update measure on each trained token; the first counts them, the others are logged as means.
-TOKEN_METRICS = ("tokens", "clip_share", "log_ratio", "tis_weight", "kl", "entropy")
+def token_weight(mean_over, length, all_tokens, all_rollouts, max_new_tokens):
+    """What one token of a completion of `length` tokens counts in the loss.
 
-
-def policy_loss(logprobs, old, sampled, row, advantage, weight, ratio="token", clip_low=0.2, clip_high=0.2, tis=0.0,
-                reference=None, kl=0.0):
-    """PPO's clipped surrogate (Eq. 14) over all N tokens of R completions; token t belongs to completion row[t]:
-
-        loss = sum_t weight * (-trust_t * min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A) + kl * k3_t)
-        r_t = pi(o_t) / pi_old(o_t)                     ratio "sequence" (GSPO): these ratios' geometric mean over the completion
-        trust_t = min(pi_old(o_t) / pi_sampler(o_t), tis)                               1 where tis is 0: no correction
-        k3_t = x - log x - 1 with x = pi_ref(o_t) / pi(o_t)                             estimates KL(pi || pi_ref), never negative
-
-    logprobs [N] (differentiable), old [N], sampled [N] and reference [N] or None are log-probs under pi, pi_old, pi_sampler and
-    pi_ref; row [N]; advantage [R]; weight [R], shares of a *global* count, so that the losses of micro-batches and ranks add up.
-    Returns (loss, statistics [N, 5] in the order of TOKEN_METRICS).
+    all_tokens, all_rollouts: of the whole minibatch, over all ranks, so that the losses of
+    micro-batches and ranks add up to the mean.
     """
-    log_ratio, advantage = logprobs - old, advantage[row]                                               # [N], [N]
+    if mean_over == "token":  # DAPO: a mean over tokens
+        return 1.0 / all_tokens
+    if mean_over == "sequence":  # GRPO, GSPO: a mean over completions of their token means
+        return 1.0 / (length * all_rollouts)
+    if mean_over == "constant":  # Dr. GRPO: the length of a completion changes no token's weight
+        return 1.0 / (max_new_tokens * all_rollouts)
+    raise ValueError(f"--mean-over '{mean_over}' is unknown: choose sequence, token or constant")
+
+
+@dataclass
+class Tokens:
+    """The N completion tokens of R rollouts of a micro-batch, side by side."""
+
+    rollout_of_token: torch.Tensor  # [N], 0 to R - 1
+    sampler_logprobs: torch.Tensor  # [N], as the decoder sampled them
+    old_logprobs: torch.Tensor  # [N], under pi_old, from which the ratio is measured
+    reference_logprobs: torch.Tensor | None  # [N], under pi_ref; None without a KL term
+    advantage: torch.Tensor  # [R]
+    weight: torch.Tensor  # [R]
+
+
+def policy_loss(logprobs, tokens, ratio="token", clip_low=0.2, clip_high=0.2, tis=0.0, kl=0.0):
+    """PPO's clipped surrogate (Eq. 14) over the N tokens of R completions.
+
+        loss = sum_t weight * (-tis_weight_t * min(r_t A, clip(r_t) A) + kl * k3_t)
+        r_t = pi(o_t) / pi_old(o_t)
+            ratio "sequence" (GSPO): the geometric mean of these ratios over the completion
+        clip(r) = r held between 1 - clip_low and 1 + clip_high
+        tis_weight_t = min(pi_old(o_t) / pi_sampler(o_t), tis)      1 where tis is 0: no correction
+        k3_t = x - log x - 1 with x = pi_ref(o_t) / pi(o_t)         estimates KL(pi || pi_ref)
+
+    logprobs [N] (differentiable): under pi. tokens: Tokens. Returns (loss, {name: [N]}): what is
+    measured on each token; a metric that is added here is logged.
+    """
+    advantage = tokens.advantage[tokens.rollout_of_token]  # [N]
+    weight = tokens.weight[tokens.rollout_of_token]  # [N]
+
+    # r_t
+    log_ratio = logprobs - tokens.old_logprobs
     if ratio == "sequence":
-        log_ratio = (torch.zeros_like(weight).index_add(0, row, log_ratio) / row.bincount(minlength=len(weight)))[row]
-    free, clipped = log_ratio.exp() * advantage, log_ratio.exp().clamp(1 - clip_low, 1 + clip_high) * advantage
-    trust = (old - sampled).exp().clamp(max=tis) if tis else torch.ones_like(old)
-    loss, k3 = -trust * torch.minimum(free, clipped), torch.zeros_like(old)
-    if reference is not None:
-        k3 = (reference - logprobs).exp() - (reference - logprobs) - 1
+        zeros = torch.zeros_like(tokens.weight)
+        sums = zeros.index_add(0, tokens.rollout_of_token, log_ratio)  # [R]
+        lengths = tokens.rollout_of_token.bincount(minlength=len(zeros))  # [R]
+        log_ratio = (sums / lengths)[tokens.rollout_of_token]  # [N]
+    elif ratio != "token":
+        raise ValueError(f"--ratio '{ratio}' is unknown: choose token or sequence")
+    r = log_ratio.exp()
+
+    # min(r_t A, clip(r_t) A)
+    surrogate = r * advantage
+    surrogate_clipped = r.clamp(1 - clip_low, 1 + clip_high) * advantage
+    objective = torch.minimum(surrogate, surrogate_clipped)
+
+    # Truncated importance sampling, for a sampler that was not quite pi_old.
+    tis_weight = torch.ones_like(logprobs)
+    if tis:
+        tis_weight = (tokens.old_logprobs - tokens.sampler_logprobs).exp().clamp(max=tis)
+    loss = -tis_weight * objective
+
+    k3 = torch.zeros_like(logprobs)
+    if tokens.reference_logprobs is not None:
+        log_x = tokens.reference_logprobs - logprobs
+        k3 = log_x.exp() - log_x - 1
         loss = loss + kl * k3
-    statistics = torch.stack([torch.ones_like(old), clipped < free, (logprobs - sampled).abs(), trust, k3], 1)
-    return (loss * weight[row]).sum(), statistics.detach()
+
+    per_token = {
+        "tokens": torch.ones_like(logprobs),
+        "clip_share": (surrogate_clipped < surrogate).float(),
+        "log_ratio": (logprobs - tokens.sampler_logprobs).abs(),
+        "tis_weight": tis_weight,
+        "kl": k3,
+    }
+    for name, values in per_token.items():
+        per_token[name] = values.detach()
+    return (loss * weight).sum(), per_token
 
 
-# ---- rollouts -----------------------------------------------------------------------------------------------------------
+# ---- rollouts: plan, generate, judge, compare ----------------------------------------------------
+
 
 @dataclass
 class Rollout:
-    """One sampled answer. prefix [L, d] or None is what conditions it; latent [L or 1, k] is what rebuilds the prefix."""
-    prompt: int                     # number in the step: 0 to P - 1; what replaces p in round n of resampling is p + n P
-    prompt_ids: list
-    completion_ids: list            # the end token included, if one was produced
-    logprobs: list                  # as sampled
-    finish: str                     # "stop" or "length"
-    prefix: torch.Tensor | None
-    latent: torch.Tensor | None
-    text: str
-    rewards: dict                   # by name
-    reward: float                   # their weighted sum
+    """One sampled answer; each stage of a step fills in its part."""
+
+    # planned
+    prompt_number: int  # in the step: 0 to P - 1; its replacement in round n has p + n P
+    row: dict  # of the task
+    prompt: Prompt
+    prefix: Prefix  # what conditions it; an empty one (embeddings None) for an unguided rollout
+    seed: int  # of its tokens
+    # generated
+    completion_ids: list | None = None  # the end token included, if one was produced
+    logprobs: list | None = None  # as sampled
+    finish: str = ""  # "stop" or "length"
+    text: str = ""
+    # judged
+    rewards: dict | None = None  # by name
+    reward: float = 0.0  # their weighted sum
+    # compared
     advantage: float = 0.0
-    weight: float = 0.0             # what each of its tokens counts in the loss; 0: nothing, it is masked
-    old: list | None = None         # log-probs under pi_old, where they are not those it was sampled with (--tis)
-    reference: list | None = None   # under the starting policy (--kl)
+    # weighed
+    weight: float = 0.0  # what each of its tokens counts in the loss; 0: nothing, it is masked
+    # scored, where the loss needs it
+    old_logprobs: list | None = None  # under pi_old, where that is not the sampler (--tis)
+    reference_logprobs: list | None = None  # under the starting policy (--kl)
 
-    guided = property(lambda self: self.prefix is not None)
-    length = property(lambda self: len(self.prompt_ids) + len(self.completion_ids) + (len(self.prefix) if self.guided else 0))
+    @property
+    def guided(self):
+        return self.prefix.embeddings is not None
+
+    @property
+    def positions(self):
+        """How many positions it takes: prefix, prompt and completion."""
+        count = len(self.prompt.ids) + len(self.completion_ids)
+        if self.guided:
+            count += len(self.prefix.embeddings)
+        return count
 
 
-def collect(decoder, tokenizer, task, palette, step, args, ranks):
-    """G judged rollouts, with their advantages, for each of this rank's prompts of the step, group behind group.
+@dataclass
+class Sampler:
+    """What makes and judges the rollouts of one run."""
 
-    Dynamic sampling: a group without signal (equal rewards) is replaced by a fresh prompt's, at most --resample times. Rows and
-    seeds of replacements are functions of (seed, step, number); every rank replaces its own.
+    decoder: Decoder
+    reader: vae.Reader
+    task: Task
+    rewards: list[Reward]
+    palette: Palette
+    schedule: list  # points (tau, rho)
+    seed: int
+
+
+def plan(rows, step, sampler, config):
+    """G rollouts for each task row, the first few of each group guided.
+
+    rows: {prompt number: task row}. Eq. 12: a share rho of each group reasons under a prefix.
     """
-    asked = rows_of_step(task.train, step, args.prompts, args.seed, args.resample)
-    groups, numbers = {}, list(ranks.own(range(args.prompts)))
-    for _ in range(1 + args.resample):
-        rollouts = roll_out(decoder, tokenizer, task, palette, step, {number: asked[number] for number in numbers}, args)
-        set_advantages(rollouts, args)
-        groups.update({number % args.prompts: rollouts[i * args.group:][:args.group] for i, number in enumerate(numbers)})
-        numbers = [n + args.prompts for n in numbers if not any(r.advantage for r in groups[n % args.prompts])]
-        if not numbers:
-            break
-    return [rollout for group in groups.values() for rollout in group]
-
-
-def roll_out(decoder, tokenizer, task, palette, step, asked, args):
-    """G judged rollouts of each row of `asked` (by its number in the step), the first few of each group under a prefix."""
-    rho, jobs = rho_at(args.schedule, step / args.steps), []                # jobs: (number, rollout index, guided)
-    for p in asked:                                                         # Eq. 12: a share rho of each group is guided
-        guided = guided_count(rho, args.group, random.Random(seed_of(args.seed, "guided", step, p)).random())
-        jobs += [(p, g, g < guided) for g in range(args.group)]
-    draws = palette.draw([seed_of(args.seed, "latent", step, p, g if args.latent_per == "rollout" else 0) for p, g, _ in jobs])
-    prefixes, latents = ([x if guided else None for x, (_, _, guided) in zip(drawn, jobs)] for drawn in draws)
-    ids = {p: prompt_of(row, tokenizer, task.instruction, args.prompt) for p, row in asked.items()}
-    completions = decoder.generate([ids[p] for p, _, _ in jobs], prefixes, Sampling.of(args),
-                                   [seed_of(args.seed, "rollout", step, p, g) for p, g, _ in jobs])
-    completions, texts = texts_of(completions, tokenizer, stop_strings(tokenizer, args.prompt))
+    rho = rho_at(sampler.schedule, step / config.steps)
+    instruction = sampler.task.instruction
     rollouts = []
-    for (p, _, _), prefix, latent, c, text in zip(jobs, prefixes, latents, completions, texts):
-        rewards = task.judge(text, asked[p]["answer"], c.finish)
-        rewards["overlong"] = overlong(len(c.ids), args.max_new_tokens, args.max_new_tokens // 5)
-        reward = sum(weight * rewards[name] for name, weight in args.reward.items())
-        reward -= 1.0 if args.truncated == "penalise" and c.finish == "length" else 0.0
-        rollouts.append(Rollout(p, ids[p], c.ids, c.logprobs, c.finish, prefix, latent, text, rewards, reward))
+    for number, row in rows.items():
+        prompt = prompt_of(row, sampler.reader, instruction, config.prompt)
+        u = random.Random(seed_of(sampler.seed, "guided", step, number)).random()
+        guided = guided_count(rho, config.group, u)
+
+        for g in range(config.group):
+            prefix = Prefix()
+            if g < guided:
+                latent_number = g if config.latent_per == "rollout" else 0
+                latent_seed = seed_of(sampler.seed, "latent", step, number, latent_number)
+                prefix = sampler.palette.draw(latent_seed)
+            token_seed = seed_of(sampler.seed, "rollout", step, number, g)
+            rollouts.append(Rollout(number, row, prompt, prefix, token_seed))
     return rollouts
 
 
-def set_advantages(rollouts, args):
-    """Fill in each rollout's advantage in its group, exactly 0 without signal: no backward pass for rounding errors."""
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, args.group)                           # [P, G]
-    values = advantages(rewards, args.advantage).masked_fill((rewards == rewards[:, :1]).all(1, keepdim=True), 0.0)
+def generate(rollouts, sampler, config):
+    """Fill in each rollout's completion, log-probs, finish reason and text."""
+    prompts = [rollout.prompt for rollout in rollouts]
+    prefixes = [rollout.prefix.embeddings for rollout in rollouts]
+    seeds = [rollout.seed for rollout in rollouts]
+    rows = sampler.decoder.embed(prompts, prefixes)
+    completions = sampler.decoder.generate(rows, sampling_of(config), seeds)
+
+    tokenizer = sampler.reader.tokenizer
+    stops = stop_strings(tokenizer, config.prompt)
+    completions, texts = texts_of(completions, tokenizer, stops)
+    for rollout, completion, text in zip(rollouts, completions, texts):
+        rollout.completion_ids = completion.ids
+        rollout.logprobs = completion.logprobs
+        rollout.finish = completion.finish
+        rollout.text = text
+
+
+def judge(rollouts, sampler, config):
+    """Fill in each rollout's rewards by name, and the reward that it is trained on."""
+    scores = score_rewards(
+        sampler.rewards,
+        sampler.task,
+        completions=[rollout.text for rollout in rollouts],
+        rows=[rollout.row for rollout in rollouts],
+        finishes=[rollout.finish for rollout in rollouts],
+        completion_ids=[rollout.completion_ids for rollout in rollouts],
+        max_new_tokens=config.max_new_tokens,
+    )
+    for rollout, values in zip(rollouts, scores):
+        rollout.rewards = values
+        rollout.reward = weighted_sum(values, sampler.rewards)
+        if config.truncated == "penalise" and rollout.finish == "length":
+            rollout.reward -= 1.0
+
+
+def compare(rollouts, config):
+    """Fill in each rollout's advantage in its group (Eq. 13).
+
+    Without signal (equal rewards) it is exactly 0: no backward pass for rounding errors.
+    """
+    rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(
+        -1, config.group
+    )  # [P, G]
+    silent = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [P, 1]
+    values = advantages(rewards, config.advantage).masked_fill(silent, 0.0)  # [P, G]
     for rollout, value in zip(rollouts, values.flatten().tolist()):
         rollout.advantage = value
 
 
-# ---- one update ---------------------------------------------------------------------------------------------------------
+def groups_of(rollouts, config):
+    """The rollouts, group behind group, as a list of groups."""
+    starts = range(0, len(rollouts), config.group)
+    return [rollouts[start : start + config.group] for start in starts]
 
-def set_weights(rollouts, args, ranks):
-    """Fill in what a token of each rollout counts in the loss: its share in what the rollouts of *all ranks* count.
 
-    token: 1 / all tokens (DAPO). sequence: 1 / (its tokens x rollouts) (GRPO, GSPO). constant: 1 / (rollouts x longest possible
-    completion) (Dr. GRPO). Groups without signal are counted. With --truncated mask a completion that the length limit cut off
-    is not, and weighs 0; its reward still stands in its group's baseline (as in DAPO's filter).
+def is_silent(group):
+    """Whether a group has no signal: nothing tells its rollouts apart."""
+    return all(rollout.advantage == 0 for rollout in group)
+
+
+def collect(step, sampler, config, ranks):
+    """The compared rollouts of this rank's prompts of the step, group behind group.
+
+    Dynamic sampling (DAPO): a group without signal is replaced by a fresh prompt's, at most
+    --resample times. Rows and seeds of replacements are functions of (seed, step, number); every
+    rank replaces its own.
     """
-    kept = [r for r in rollouts if not (args.truncated == "mask" and r.finish == "length")]
-    tokens, count = ranks.total([sum(len(r.completion_ids) for r in kept), len(kept)])
-    for r in kept:
-        shares = {"token": tokens, "sequence": len(r.completion_ids) * count, "constant": args.max_new_tokens * count}
-        r.weight = 1.0 / shares[args.mean_over]
+    candidates = sft.rows_of_step(
+        sampler.task.train, step, config.prompts, sampler.seed, extra=config.resample
+    )
+    group_at = {}  # place in the step -> its group, the last one that was rolled out
+    numbers = ranks.shard(list(range(config.prompts)))
+    for _round in range(1 + config.resample):
+        rows = {number: candidates[number] for number in numbers}
+        rollouts = plan(rows, step, sampler, config)
+        generate(rollouts, sampler, config)
+        judge(rollouts, sampler, config)
+        compare(rollouts, config)
+
+        replacements = []
+        for number, group in zip(numbers, groups_of(rollouts, config)):
+            group_at[number % config.prompts] = group
+            if is_silent(group):
+                replacements.append(number + config.prompts)
+        numbers = replacements
+        if not numbers:
+            break
+
+    collected = []
+    for group in group_at.values():
+        collected.extend(group)
+    return collected
 
 
-def score(model, rows, args, ranks, with_entropy=False):
-    """Log-probs [N] and entropies [N] of all tokens of these rollouts, each under its own prefix, as they were sampled."""
-    with autocast(ranks.device, args.precision):
-        return completion_logprobs(model, [r.prompt_ids for r in rows], [r.completion_ids for r in rows], [r.prefix for r in rows],
-                                   Sampling.of(args), with_entropy)
+# ---- the update: weigh, score, loss --------------------------------------------------------------
+
+
+def weigh(rollouts, config, ranks):
+    """Fill in what a token of each rollout counts in the loss.
+
+    Groups without signal are counted. With --truncated mask a completion that the length limit cut
+    off is not, and weighs 0; its reward still stands in its group's baseline (as in DAPO's filter).
+    """
+    unmasked = []
+    for rollout in rollouts:
+        rollout.weight = 0.0
+        if config.truncated != "mask" or rollout.finish != "length":
+            unmasked.append(rollout)
+
+    tokens = sum(len(rollout.completion_ids) for rollout in unmasked)
+    all_tokens, all_rollouts = ranks.all_reduce_sum([tokens, len(unmasked)])
+    for rollout in unmasked:
+        length = len(rollout.completion_ids)
+        rollout.weight = token_weight(
+            config.mean_over, length, all_tokens, all_rollouts, config.max_new_tokens
+        )
+
+
+def score(model, rollouts, config, ranks, with_entropy=False):
+    """Log-probs [N] and entropies [N] of all their tokens, each rollout under its own prefix."""
+    with sft.autocast(ranks.device, config.precision):
+        return completion_logprobs(
+            model,
+            [rollout.prompt for rollout in rollouts],
+            [rollout.completion_ids for rollout in rollouts],
+            [rollout.prefix.embeddings for rollout in rollouts],
+            sampling_of(config),
+            with_entropy,
+        )
+
+
+def split_by_size(rollouts, config, ranks):
+    """The rollouts as micro-batches of at most --tokens-per-batch positions, pads included."""
+    sizes = [rollout.positions for rollout in rollouts]
+    index_batches = ranks.pad_for_fsdp(micro_batches(sizes, config.tokens_per_batch))
+    batches = []
+    for indices in index_batches:
+        batches.append([rollouts[i] for i in indices])
+    return batches
 
 
 @torch.no_grad()
-def remember(name, model, rollouts, args, ranks):
-    """Fill in rollouts' log-probs under a model: as `reference`; or as `old`, before the first of several updates moves pi."""
-    live = [r for r in rollouts if r.advantage or args.kl]
-    for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
-        rows = [live[i] for i in group]
-        found = score(model, rows, args, ranks)[0].split([len(r.completion_ids) for r in rows])
-        for r, logprobs in zip(rows, found):
-            setattr(r, name, logprobs.tolist())
+def score_under(model, rollouts, config, ranks):
+    """The log-probs of each rollout under a model, a list; None for one not trained on."""
+    trained = [rollout for rollout in rollouts if rollout.advantage or config.kl]
+    logprobs_of = {}
+    for micro_batch in split_by_size(trained, config, ranks):
+        logprobs, _ = score(model, micro_batch, config, ranks)
+        lengths = [len(rollout.completion_ids) for rollout in micro_batch]
+        if not micro_batch:  # under FSDP another rank has one micro-batch more
+            continue
+        for rollout, values in zip(micro_batch, logprobs.split(lengths)):
+            logprobs_of[id(rollout)] = values.tolist()
+    return [logprobs_of.get(id(rollout)) for rollout in rollouts]
 
 
-def update(model, optimizer, rollouts, args, ranks):
-    """One gradient step on this rank's rollouts. Returns its loss, the gradient norm, and the sums [2, 6] of TOKEN_METRICS.
+def score_baselines(rollouts, model, reference, config, ranks):
+    """Fill in the log-probs under pi_ref (--kl), and under pi_old where several updates need it."""
+    if config.kl:
+        for rollout, logprobs in zip(rollouts, score_under(reference, rollouts, config, ranks)):
+            rollout.reference_logprobs = logprobs
+    if config.tis and config.epochs * config.minibatches > 1:
+        for rollout, logprobs in zip(rollouts, score_under(model, rollouts, config, ranks)):
+            rollout.old_logprobs = logprobs
 
-    Rollouts without advantage have no gradient and cost no forward pass, unless a KL term wants them. With --tis pi_old has been
-    remembered, or, where one update is all there is, it is what this very forward finds; else it is what was sampled from.
+
+def loss_of(rollouts, logprobs, entropy, config):
+    """policy_loss of a micro-batch, from its log-probs [N] under pi; entropy [N] is measured, too.
+
+    pi_old is the sampler, unless it was scored apart: with --tis it has been (score_under), or,
+    where this update is the only one, it is what this very forward found.
     """
-    set_weights(rollouts, args, ranks)
-    live = [r for r in rollouts if r.weight and (r.advantage or args.kl)]
-    loss_sum, sums = 0.0, torch.zeros(2, len(TOKEN_METRICS), dtype=torch.float64)
-    tensor = lambda values, dtype=None: torch.tensor(values, dtype=dtype, device=ranks.device)
-    for group in ranks.level(micro_batches([r.length for r in live], args.tokens_per_batch)):
-        rows = [live[i] for i in group]
-        logprobs, entropy = score(model, rows, args, ranks, True)                                       # [N], [N]
-        if not rows:                                        # under FSDP another rank has one micro-batch more: keep in step
+    rollout_of_token = []
+    sampler_logprobs = []
+    old_logprobs = []
+    reference_logprobs = []
+    for i, rollout in enumerate(rollouts):
+        rollout_of_token += [i] * len(rollout.completion_ids)
+        sampler_logprobs += rollout.logprobs
+        old_logprobs += rollout.old_logprobs or rollout.logprobs
+        if config.kl:
+            reference_logprobs += rollout.reference_logprobs
+
+    device = logprobs.device
+    tokens = Tokens(
+        rollout_of_token=torch.tensor(rollout_of_token, dtype=torch.long, device=device),
+        sampler_logprobs=torch.tensor(sampler_logprobs, device=device),
+        old_logprobs=torch.tensor(old_logprobs, device=device),
+        reference_logprobs=None,
+        advantage=torch.tensor([rollout.advantage for rollout in rollouts], device=device),
+        weight=torch.tensor([rollout.weight for rollout in rollouts], device=device),
+    )
+    if config.kl:
+        tokens.reference_logprobs = torch.tensor(reference_logprobs, device=device)
+    if config.tis and all(rollout.old_logprobs is None for rollout in rollouts):
+        tokens.old_logprobs = logprobs.detach()
+
+    loss, per_token = policy_loss(
+        logprobs, tokens, config.ratio, config.clip_low, config.clip_high, config.tis, config.kl
+    )
+    per_token["entropy"] = entropy
+    return loss, per_token
+
+
+@dataclass
+class Update:
+    """What one gradient step measured, on this rank."""
+
+    loss: float
+    gradient_norm: float  # over all ranks, before clipping
+    sums: dict  # {name: sums [2] over unguided and guided tokens}
+
+
+def update(model, optimizer, rollouts, config, ranks):
+    """One gradient step on this rank's rollouts of a minibatch.
+
+    A rollout without advantage has no gradient and costs no forward pass, unless a KL term wants
+    one.
+    """
+    weigh(rollouts, config, ranks)
+    trained = []
+    for rollout in rollouts:
+        has_gradient = rollout.advantage != 0 or config.kl
+        if rollout.weight and has_gradient:
+            trained.append(rollout)
+
+    # A rank that trains on nothing takes part in the sums of metrics, with zeros by their names.
+    nothing = torch.zeros(0)
+    _, per_token = loss_of([], nothing, nothing, config)
+    sums = {}
+    sft.add_metrics(sums, per_token, guided=[])
+
+    loss_sum = 0.0
+    for micro_batch in split_by_size(trained, config, ranks):
+        logprobs, entropy = score(model, micro_batch, config, ranks, with_entropy=True)  # [N], [N]
+        if not micro_batch:  # under FSDP another rank has one micro-batch more: keep in step
             logprobs.sum().backward()
             continue
-        row = tensor([i for i, r in enumerate(rows) for _ in r.completion_ids], dtype=torch.long)       # [N]
-        sampled = tensor([x for r in rows for x in r.logprobs])                                         # [N]
-        old = logprobs.detach() if args.tis and not rows[0].old else tensor([x for r in rows for x in r.old or r.logprobs])
-        reference = tensor([x for r in rows for x in r.reference]) if args.kl else None                 # [N]
-        advantage, weight = tensor([r.advantage for r in rows]), tensor([r.weight for r in rows])       # [R], [R]
-        loss, statistics = policy_loss(logprobs, old, sampled, row, advantage, weight, args.ratio, args.clip_low, args.clip_high,
-                                       args.tis, reference, args.kl)
+
+        loss, per_token = loss_of(micro_batch, logprobs, entropy, config)
         loss.backward()
+
         loss_sum += loss.item()
-        sums += by_part(torch.cat([statistics, entropy[:, None]], 1), [r.guided for r in rows for _ in r.completion_ids])
-    return {"loss": loss_sum, "gradient_norm": apply_gradients(model, [optimizer], ranks), "sums": sums}
+        guided = []
+        for rollout in micro_batch:
+            guided += [rollout.guided] * len(rollout.completion_ids)
+        sft.add_metrics(sums, per_token, guided)
+
+    gradient_norm = sft.apply_gradients(model, [optimizer], ranks)
+    return Update(loss_sum, gradient_norm, sums)
 
 
-# ---- the loop -----------------------------------------------------------------------------------------------------------
-
-def train(model, tokenizer, task, palette, run, args, reference=None):
-    """The RL loop: roll out, score, update; every --eval-every steps a greedy evaluation *without* prefix."""
-    ranks, optimizer = run.ranks, make_optimizer(model, args.lr)
-    start = run.restore(model, [optimizer])["step"]
-    decoder = Decoder(model, end_ids(model, tokenizer), args.slots, dtype=PRECISIONS[args.rollout_precision])
-    evaluated = lambda: evaluate.greedy_accuracy(decoder, tokenizer, task, args, ranks)
-    if start == 0:
-        accuracy = evaluated()
-        run.keep_best(0, accuracy, model, tokenizer)
-        run.log("metrics", {"step": 0, "eval_accuracy": accuracy})
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=run.folder.name, disable=not run.writes)
-    for step in bar:
-        began, lr = time.time(), set_learning_rate(optimizer, args, step)
-        rollouts = collect(decoder, tokenizer, task, palette, step, args, ranks)
-        rolled = time.time()
-        decoder.refresh()                                   # its packed weights are not held over the update
-        if args.kl:
-            remember("reference", reference, rollouts, args, ranks)
-        if args.tis and args.epochs * args.minibatches > 1:
-            remember("old", model, rollouts, args, ranks)
-        share = len(rollouts) // args.minibatches
-        updates = [update(model, optimizer, rollouts[i:i + share], args, ranks)
-                   for _ in range(args.epochs) for i in range(0, len(rollouts), share)]
-        row = {"step": step + 1, "rho": rho_at(args.schedule, step / args.steps), **summary(rollouts, updates, args, ranks),
-               "lr": lr, "seconds_rollout": round(rolled - began, 3), "seconds": round(time.time() - began, 3)}
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            row["eval_accuracy"] = evaluated()
-            run.keep_best(step + 1, row["eval_accuracy"], model, tokenizer)
-        shown = ("rho", "reward_guided", "reward_unguided", "entropy", "kl", "clip_share", "eval_accuracy")
-        bar.set_postfix({name: row[name] for name in shown if row.get(name) is not None},
-                        tokens_s=row["rollouts"] * row["length"] / max(row["seconds"], 1e-3))
-        run.log("metrics", row)
-        kept = rollouts[::args.group] + rollouts[args.group - 1::args.group]       # each group's first (guided, if any) and last
-        run.log("samples", *[sample_row(r, step + 1, palette.source) for r in kept])
-        if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
-            run.save(step + 1, model, [optimizer])
-    run.finish(model, tokenizer)
+# ---- metrics -------------------------------------------------------------------------------------
 
 
-def summary(rollouts, updates, args, ranks):
-    """One row of metrics over all ranks: means over rollouts and over trained tokens, guided and unguided apart as well."""
-    values = [[1, r.reward, r.advantage, len(r.completion_ids), r.finish == "stop", *r.rewards.values()] for r in rollouts]
-    rolled = by_part(torch.tensor(values, dtype=torch.float64), [r.guided for r in rollouts])
-    groups = [rollouts[i:i + args.group] for i in range(0, len(rollouts), args.group)]
-    loss, count, silent, resampled = ranks.total([
-        sum(u["loss"] for u in updates) / len(updates), len(groups), sum(not any(r.advantage for r in group) for group in groups),
-        sum(group[0].prompt // args.prompts for group in groups)])          # the round a group is from
-    return {**means(("rollouts", "reward", "advantage", "length", "stopped", *rollouts[0].rewards), rolled, ranks), "loss": loss,
-            **means(TOKEN_METRICS, sum(u["sums"] for u in updates), ranks),
-            "log_ratio_start": means(TOKEN_METRICS, updates[0]["sums"], ranks)["log_ratio"],
-            "gradient_norm": sum(u["gradient_norm"] for u in updates) / len(updates),
-            "groups": int(count), "groups_without_signal": int(silent), "groups_resampled": int(resampled)}
+def measure(rollouts, updates, config, ranks):
+    """The metrics of a step over all ranks, by name: one row of metrics.jsonl.
+
+    Means over rollouts and over trained tokens, of guided and unguided ones apart as well.
+    """
+    metrics = sft.mean_metrics(rollout_sums(rollouts), "rollouts", ranks)
+
+    token_sums = {}
+    for result in updates:
+        for name, sums in result.sums.items():
+            token_sums[name] = token_sums.get(name, 0) + sums
+    metrics.update(sft.mean_metrics(token_sums, "tokens", ranks))
+
+    # The first update's gap is that between decoder and training forward: no step has moved pi yet.
+    first_metrics = sft.mean_metrics(updates[0].sums, "tokens", ranks)
+    metrics["log_ratio_start"] = first_metrics["log_ratio"]
+
+    groups = groups_of(rollouts, config)
+    silent = 0
+    resampled = 0
+    for group in groups:
+        silent += is_silent(group)
+        resampled += group[0].prompt_number // config.prompts  # the round it was rolled out in
+    loss = sum(result.loss for result in updates) / len(updates)
+    totals = ranks.all_reduce_sum([loss, len(groups), silent, resampled])
+    metrics["loss"] = totals[0]
+    metrics["groups"] = int(totals[1])
+    metrics["groups_without_signal"] = int(totals[2])
+    metrics["groups_resampled"] = int(totals[3])
+
+    norms = [result.gradient_norm for result in updates]
+    metrics["gradient_norm"] = sum(norms) / len(norms)
+    return metrics
+
+
+def rollout_sums(rollouts):
+    """{name: sums [2]} of what is measured on each rollout, over unguided and guided ones."""
+    values = {
+        "rollouts": [1.0 for _ in rollouts],
+        "reward": [rollout.reward for rollout in rollouts],
+        "advantage": [rollout.advantage for rollout in rollouts],
+        "length": [len(rollout.completion_ids) for rollout in rollouts],
+        "stopped": [rollout.finish == "stop" for rollout in rollouts],
+    }
+    for name in rollouts[0].rewards:
+        values[name] = [rollout.rewards[name] for rollout in rollouts]
+
+    tensors = {}
+    for name, numbers in values.items():
+        tensors[name] = torch.tensor(numbers, dtype=torch.float64)
+    sums = {}
+    sft.add_metrics(sums, tensors, [rollout.guided for rollout in rollouts])
+    return sums
 
 
 def sample_row(rollout, step, source):
     """What samples.jsonl keeps of a rollout: enough to read it, and to rebuild its prefix."""
-    return {"step": step, "prompt": rollout.prompt, "prompt_ids": rollout.prompt_ids, "completion": rollout.text,
-            **rollout.rewards, "reward": rollout.reward, "advantage": rollout.advantage, "finish": rollout.finish,
-            "prefix": source if rollout.guided else "none", "latent": None if rollout.latent is None else rollout.latent.tolist()}
+    latent = rollout.prefix.latent  # None for an unguided one, and for the controls
+    if latent is not None:
+        latent = latent.tolist()
+    return {
+        "step": step,
+        "prompt": rollout.prompt_number,
+        "prompt_ids": rollout.prompt.ids,
+        "completion": rollout.text,
+        **rollout.rewards,
+        "reward": rollout.reward,
+        "advantage": rollout.advantage,
+        "finish": rollout.finish,
+        "prefix": source if rollout.guided else "none",
+        "latent": latent,
+    }
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
-
-# Defaults of a real model, whose weights want far smaller steps than the tiny world's.
-REAL = dict(schedule=["two-phase"], lr=1e-6, sft_lr=1e-5, steps=200, max_new_tokens=512, eval_questions=128, out="runs/real",
-            tokens_per_batch=8192)
-DEFAULTS = {"tiny": {}, "tiny-vl": dict(task="tiny-vl", max_new_tokens=14, base_steps=400, out="runs/tiny-vl")}
-# What does not change a run's result, and so may differ when it is resumed.
-NOT_RESULTS = (*sft.NOT_RESULTS, *sft.STAGE_FLAGS, "slots", "arms", "arm_questions", "arm_samples")
+def log_samples(rollouts, step, source, run, config):
+    """Keep the first (guided, if any is) and the last rollout of each group of rank 0."""
+    groups = groups_of(rollouts, config)
+    firsts = [group[0] for group in groups]
+    lasts = [group[-1] for group in groups]
+    run.log("samples", *[sample_row(rollout, step, source) for rollout in firsts + lasts])
 
 
-def add_all_flags(parser):
-    """Every flag; defaults are the tiny world's and GRPO's, DEFAULTS, REAL and ALGORITHMS have the others'."""
-    add_flags(parser, "model and data",
-              model=("tiny", "hub name, folder, tiny or tiny-vl"),
-              task=("tiny", f"{TASKS}, or a name for your own data"),
-              train_data=(str, "JSONL of {question, answer} or hub:DATASET:CONFIG:SPLIT (default: the task's own)"),
-              test_data=(str, "the same for the evaluation on the way (default: the task's own)"),
-              prompt=("auto", "prompt format", PROMPT_STYLES), max_prompt=(1024, "longest prompt allowed, in tokens", 1),
-              out=("runs/tiny", "folder of all stages"))
-    add_flags(parser, "injection",
-              schedule=(["none", "two-phase", "linear"], f"one run each: {', '.join(SCHEDULES)}, or points tau:rho as in "
-                        "0:1,0.5:1,0.5:0,1:0 with a jump at 0.5", "RHO"),
-              source=("prior", f"of prefixes: {', '.join(SOURCES)} or a domain"),
-              length=(8, "prefix rows L", 0), independent=(False, "L independent latents instead of one tiled"),
-              latent_per=("rollout", "one z each", ("rollout", "prompt")))
-    add_flags(parser, "reward and loss",
-              reward=(["accuracy=1"], f"the reward is their weighted sum; names: {', '.join(REWARDS)}", "NAME=WEIGHT"),
-              truncated=("keep", "completions that the length limit cut off: train on them, leave them out of the loss, or take 1 "
-                         "off their reward", ("keep", "mask", "penalise")),
-              algorithm=("grpo", "sets the defaults of the next six flags", tuple(ALGORITHMS)),
-              advantage=(str, "baseline and scale (default: %(default)s)", ("mean-std", "mean", "leave-one-out")),
-              mean_over=(str, "what the loss is a mean over (default: %(default)s)", ("sequence", "token", "constant")),
-              ratio=(str, "importance ratio of each token or completion (default: %(default)s)", ("token", "sequence")),
-              clip_low=(float, "PPO clip below 1 (default: %(default)s)", 0),
-              clip_high=(float, "PPO clip above 1 (default: %(default)s)", 0),
-              resample=(int, "fresh prompts tried in place of one without signal (default: %(default)s)", 0),
-              tis=(0.0, "weigh tokens by min(pi_old / pi_sampler, TIS); 0: off", 0),
-              kl=(0.0, "weight of the KL to the starting policy; 0: none is held", 0))
-    add_flags(parser, "training",
-              steps=(60, "batches of rollouts", 1), prompts=(8, "prompts per step, over all ranks", 1),
-              group=(8, "rollouts per prompt G, which are compared", 2),
-              epochs=(1, "passes over each batch of rollouts", 1), minibatches=(1, "updates per pass", 1),
-              lr=(4e-4, "AdamW's learning rate", 0), seed=([0], "RL seeds, one run each"))
-    add_sampling_flags(parser, max_new_tokens=34)
-    evaluate.add_progress_flags(parser)
-    sft.add_stage_flags(parser)
-    sft.add_machine_flags(parser, tokens_per_batch=1024, save_every=20)
+# ---- the loop ------------------------------------------------------------------------------------
 
 
-def parse_args(argv=None):
-    """The flags; --model and --algorithm change the defaults of others."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    add_all_flags(parser)
-    known = parser.parse_known_args(argv)[0]                # before there is a --help, which would end it here
-    parser.add_argument("-h", "--help", action="help", help="show this message and exit; the defaults are those of --model")
-    parser.set_defaults(**DEFAULTS.get(known.model, REAL), **dict(zip(PRESETS, ALGORITHMS[known.algorithm])))
-    args = parser.parse_args(argv)
-    args.reward = reward_weights(args.reward)
-    return args
+def train_policy(model, sampler, run, config, reference=None):
+    """The RL loop of one run, from the run folder's newest checkpoint on.
+
+    Every --eval-every steps, and at both ends, a greedy evaluation *without* prefix.
+    """
+    ranks = run.ranks
+    optimizer = sft.make_optimizer(model, config.lr)
+    start = run.restore(model, [optimizer])
+    accuracy = None
+    if start == 0:
+        accuracy = evaluate_policy(0, model, sampler, run, config)
+        run.log("metrics", {"step": 0, "eval_accuracy": accuracy})
+
+    steps = range(start, config.steps)
+    name = run.folder.name
+    bar = tqdm(steps, name, config.steps, initial=start, disable=not run.writes)
+    for step in bar:
+        # Plan, generate, judge, compare.
+        began = time.time()
+        rollouts = collect(step, sampler, config, ranks)
+        rollout_seconds = time.time() - began
+        sampler.decoder.refresh()  # its packed weights are not held over the update
+
+        # Weigh and update; before any update moves pi, note what the loss compares it with.
+        score_baselines(rollouts, model, reference, config, ranks)
+        minibatch_size = len(rollouts) // config.minibatches
+        updates = []
+        for _epoch in range(config.epochs):
+            for first in range(0, len(rollouts), minibatch_size):
+                minibatch = rollouts[first : first + minibatch_size]
+                updates.append(update(model, optimizer, minibatch, config, ranks))
+
+        # Measure and log.
+        metrics = {"step": step + 1, "rho": rho_at(sampler.schedule, step / config.steps)}
+        metrics.update(measure(rollouts, updates, config, ranks))
+        metrics["seconds_rollout"] = round(rollout_seconds, 3)
+        metrics["seconds"] = round(time.time() - began, 3)
+        last = step + 1 == config.steps
+        if last or (step + 1) % config.eval_every == 0:
+            accuracy = evaluate_policy(step + 1, model, sampler, run, config)
+            metrics["eval_accuracy"] = accuracy
+        run.log("metrics", metrics)
+        log_samples(rollouts, step + 1, sampler.palette.source, run, config)
+        bar.set_postfix(rho=metrics["rho"], reward=metrics["reward"], accuracy=accuracy)
+
+        if not last and (step + 1) % config.save_every == 0:
+            run.save(step + 1, model, [optimizer])
+    run.finish(model, sampler.reader)
 
 
-def check(args):
-    """ValueError, before any work, for flags that together would fail after an hour or train on nothing."""
-    unguided = args.source == "none" or args.length == 0
-    twice = [flag for flag in ("schedule", "seed") if len(set(getattr(args, flag))) < len(getattr(args, flag))]
-    for wrong, why in (
-            (args.temperature == 0, "--temperature must be above 0 for rollouts: greedy ones are all the same and teach nothing"),
-            (0 < args.tis < 1, f"--tis must be 0 (off) or at least 1, not {args.tis}: it caps a weight of about 1"),
-            (not (args.traces or args.model in DEFAULTS), "--traces is needed to train the VAE and warm up a model of your own"),
-            (unguided and args.schedule != ["none"], "--source none or --length 0 injects nothing: use --schedule none"),
-            (twice, f"--{' and --'.join(twice)} names a run twice")):
-        if wrong:
-            raise ValueError(why)
-    for schedule in args.schedule:
-        points_of(schedule)
-    Sampling.of(args)
-    check_traces(args.traces, args.limit)
-    evaluate.check_names(args)
+def evaluate_policy(step, model, sampler, run, config):
+    """Greedy accuracy without prefix after `step` steps; the best policy so far is kept."""
+    accuracy = evaluate.greedy_accuracy(
+        sampler.decoder, sampler.reader, sampler.task, config, run.ranks
+    )
+    run.keep_best(step, accuracy, model, sampler.reader)
+    return accuracy
 
 
-def runs_of(args):
-    """(arguments, folder, settings) of every run: each schedule with each seed."""
-    for schedule in args.schedule:
-        name = schedule if schedule in SCHEDULES else "rho" + schedule.replace(":", "=").replace(",", "_")
-        name += "" if args.source == "prior" or schedule == "none" else f"-{args.source}"
-        for seed in args.seed:
-            own = argparse.Namespace(**{**vars(args), "schedule": schedule, "seed": seed})
-            settings = {flag: value for flag, value in vars(own).items() if flag not in NOT_RESULTS}
-            yield own, Path(args.out) / f"{args.algorithm}-{name}-s{seed}", settings
+# ---- the stages before RL ------------------------------------------------------------------------
+
+
+@dataclass
+class Stages:
+    """What RL starts from."""
+
+    vae: str  # folder
+    policies: dict  # {schedule: folder of the policy it starts from}
+
+
+def prepare(config, ranks):
+    """Build what is missing below RL (base model, VAE, warm-up), and wait for all ranks.
+
+    What is there is used as it is, if it was made with the same settings, and refused otherwise.
+    """
+    corpus = prepare_base(config, ranks)
+    vae_folder = config.vae or f"{config.out}/vae"
+    named_by_user = config.vae is not None and Path(config.vae, "config.json").is_file()
+    with stage("VAE", vae_folder, "vae.py", ranks):
+        if ranks.rank == 0 and not named_by_user:
+            vae.train(vae.VAEConfig(out=vae_folder, **corpus))
+
+    # The few-shot format is one of questions: worked answers follow no examples.
+    settings = {"prompt": "plain" if config.prompt == "few-shot" else config.prompt}
+    for name in ("device", "precision", "fsdp", "checkpointing"):
+        settings[name] = getattr(config, name)
+    policies = {}
+    for schedule in config.schedule:
+        source = "none" if schedule == "none" else "prior"
+        folder = f"{config.out}/sft-none" if source == "none" else f"{config.out}/sft"
+        policy = f"{folder}/policy"
+        if policy not in policies.values():
+            settings.update(out=folder, vae=vae_folder, source=source, lr=config.sft_lr)
+            with stage("warm-up", folder, "sft.py", ranks):
+                sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)
+        policies[schedule] = policy
+    return Stages(vae_folder, policies)
+
+
+def prepare_base(config, ranks):
+    """Make a world's base model. Returns {model, traces, limit}: what VAE and warm-up read."""
+    corpus = {"model": config.model, "traces": config.traces, "limit": config.limit}
+    world = world_of(config.model)
+    if world is None:
+        return corpus
+    base = f"{config.out}/base"
+    corpus["model"] = base
+    if not config.traces:
+        corpus["traces"] = [f"{base}/traces.jsonl"]
+        corpus["limit"] = 10**9
+    with stage("base model", base, world.__file__, ranks):
+        if ranks.rank == 0:
+            steps = {} if config.base_steps is None else {"steps": config.base_steps}
+            world.make_policy(base, seed=config.base_seed, **steps)
+    return corpus
+
+
+@contextlib.contextmanager
+def stage(name, folder, script, ranks):
+    """Announce a stage, and wait for all ranks at its end.
+
+    Where its result was made with other settings, say which command replaces it: --overwrite of
+    grpo.py is for RL runs, not for what they start from.
+    """
+    if ranks.rank == 0:
+        print(f"stage: {name} in {folder}", flush=True)
+    try:
+        yield
+    except ValueError as error:
+        command = f"replace it: python {script} ... --overwrite"
+        message = str(error).replace("--overwrite to replace it", command)
+        raise ValueError(message) from None
+    ranks.wait()
+
+
+# ---- the job: one run for each schedule and seed, tables at the end ------------------------------
+
+
+@dataclass
+class RunPlan:
+    """One RL run of a job."""
+
+    schedule: str
+    seed: int
+    folder: Path
+    settings: dict  # what its config.json keeps
+
+
+def run_plans(config):
+    """A RunPlan for each schedule with each seed."""
+    plans = []
+    for schedule in config.schedule:
+        name = schedule
+        if schedule not in SCHEDULES:
+            name = "rho" + schedule.replace(":", "=").replace(",", "_")
+        if config.source != "prior" and schedule != "none":
+            name += f"-{config.source}"
+        for seed in config.seed:
+            folder = Path(config.out) / f"{config.algorithm}-{name}-s{seed}"
+            settings = {**vae.result_settings(config), "schedule": schedule, "seed": seed}
+            plans.append(RunPlan(schedule, seed, folder, settings))
+    return plans
+
+
+def check(config, task, ranks):
+    """ValueError for all that can be known to be wrong before any work."""
+    updates = ranks.world * config.minibatches
+    if config.prompts % updates:
+        parts = f"{ranks.world} ranks x {config.minibatches} minibatches"
+        raise ValueError(f"--prompts {config.prompts} cannot be split over {parts}")
+    check_domains(config)
+    base_traces = f"{config.out}/base/traces.jsonl"  # may still have to be made
+    vae.check_traces(config.traces or [], config.limit, skip=[base_traces])
+
+    # Prompts: those of a world are read by its own tokenizer, before its model is made.
+    world = world_of(config.model)
+    positions = None
+    if world:
+        reader = world.make_reader()
+    else:
+        model = find_model(config.model)
+        reader = vae.load_reader(model)
+        model_config = AutoConfig.from_pretrained(model)
+        positions = model_config.get_text_config().max_position_embeddings
+    rows = task.train + task.test[: max(config.eval_questions, config.closing_questions)]
+    room = config.length + config.max_new_tokens
+    check_prompts(rows, reader, task.instruction, config.prompt, room=room, positions=positions)
+
+    # Runs of other settings in the same folders.
+    for run_plan in run_plans(config):
+        if (run_plan.folder / "config.json").is_file() and not config.overwrite:
+            sft.is_finished(run_plan.folder, run_plan.settings, config.resume)
+
+
+def check_domains(config, vae_folder=None):
+    """ValueError for a --source that there is not, as far as the domains are known.
+
+    They are the VAE's, if it is there; else a world's, or those that all of --traces name.
+    """
+    folder = Path(vae_folder or config.vae or Path(config.out, "vae"))
+    traces = config.traces or []
+    domains = [spec.partition("=")[0] for spec in traces if "=" in spec]
+    if (folder / "config.json").is_file():
+        domains = vae.VAE.load(folder).domains
+    elif not traces:
+        domains = world_domains(config.model)
+    elif len(domains) < len(traces):
+        return
+    check_source(config.source, domains)
+
+
+def train(config):
+    """The whole job: what is missing below RL, the runs, tables and pictures.
+
+    Returns {schedule: rl_figures} on rank 0, {} on the others.
+    """
+    ranks = Ranks.start(config.device, config.fsdp)
+    task = load_task(config.task, config.train_data, config.test_data)
+    rewards = load_rewards(config.reward, task)
+    check(config, task, ranks)
+
+    stages = prepare(config, ranks)
+    check_domains(config, stages.vae)  # now the VAE names its domains
+    folders = {}
+    for run_plan in run_plans(config):
+        run = Run(run_plan.folder, run_plan.settings, ranks, config.resume, config.overwrite)
+        folders.setdefault(run_plan.schedule, []).append(run_plan.folder)
+        if not run.finished:
+            train_run(run_plan, run, task, rewards, stages, config)
+        elif ranks.rank == 0:
+            print(f"using {run_plan.folder}")
+
+    ranks.close()  # the other ranks end here
+    if ranks.rank != 0:
+        return {}
+    return report(config, stages, folders, ranks.device)
+
+
+def train_run(run_plan, run, task, rewards, stages, config):
+    """One RL run, from the warmed-up policy of its kind."""
+    start = stages.policies[run_plan.schedule]
+    model, reader = sft.load_trainable(start, run.ranks, config)
+    reference = None
+    if config.kl:
+        reference = sft.load_reference(start, model, run.ranks, config)
+
+    source = "none" if run_plan.schedule == "none" else config.source
+    latents = None
+    if source not in SOURCES or SOURCES[source].needs_vae:
+        latents = vae.VAE.load(stages.vae)
+    table = unshard(model.get_input_embeddings().weight.detach())
+    palette = Palette(latents, table, source, config.length, tiled=not config.independent)
+
+    ends = end_ids(model, reader.tokenizer)
+    decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
+    schedule = points_of(run_plan.schedule)
+    sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
+    train_policy(model, sampler, run, config, reference)
+
+
+# ---- the tables at the end -----------------------------------------------------------------------
+
+
+def metrics_of(folder):
+    """The rows of a run's metrics.jsonl; one that is still being written is left out."""
+    text = (Path(folder) / "metrics.jsonl").read_text()
+    complete_lines = text.split("\n")[:-1]
+    return [json.loads(line) for line in complete_lines]
+
+
+def rl_figures(folders):
+    """Greedy pass@1 without prefix over finished runs that differ in the seed alone.
+
+    Returns {start: before RL; end: a list, by seed; mean, std: of the ends; course: the mean over
+    all evaluations on the way, which is higher the sooner a run learns}.
+    """
+    starts = []
+    ends = []
+    courses = []
+    for folder in folders:
+        points = [row["eval_accuracy"] for row in metrics_of(folder) if "eval_accuracy" in row]
+        starts.append(points[0])
+        ends.append(points[-1])
+        courses.append(sum(points) / len(points))
+
+    std = 0.0
+    if len(ends) > 1:
+        std = statistics.stdev(ends)
+    return {
+        "start": starts[0],
+        "end": ends,
+        "mean": sum(ends) / len(ends),
+        "std": std,
+        "course": sum(courses) / len(courses),
+    }
+
+
+def rl_rows(figures_by_name):
+    """{name: rl_figures} as rows of text, the head first."""
+    table = [["run", "start", "end, by seed", "mean", "spread (std)", "mean over the run"]]
+    for name, figures in figures_by_name.items():
+        ends = [f"{end:.3f}" for end in figures["end"]]
+        row = [name, f"{figures['start']:.3f}", ", ".join(ends)]
+        for column in ("mean", "std", "course"):
+            row.append(f"{figures[column]:.3f}")
+        table.append(row)
+    return table
+
+
+def report(config, stages, folders, device):
+    """The tables that close the job; returns {schedule: rl_figures}."""
+    root = Path(config.out)
+    if config.closing_questions > 0:
+        report_arms(config, stages, root / "evaluation")
+
+    name = f"{config.algorithm}-{config.source}"
+    figures = {schedule: rl_figures(runs) for schedule, runs in folders.items()}
+    named_figures = {f"{name} {schedule}": values for schedule, values in figures.items()}
+    table = evaluate.markdown(rl_rows(named_figures))
+    vae.write_text(root / f"{name}.json", json.dumps(figures, indent=1))
+    vae.write_text(root / f"{name}.md", table + "\n")
+
+    rollouts = f"{config.prompts} x {config.group} rollouts"
+    print(f"\nWhat injection does in RL ({config.steps} steps of {rollouts}):\n")
+    print(table)
+    print(f"\n{evaluate.hardware(device)}")
+    print(f"metrics and samples: {root}/{config.algorithm}-*")
+    pictures = sorted(str(path) for path in root.glob("*/*.png"))
+    print(f"pictures: {' '.join(pictures) or 'none'}")
+    print(f"learning curves: python tutorials/reproduce.py --curves {root}/{config.algorithm}-*")
+    return figures
+
+
+def report_arms(config, stages, folder):
+    """What prefixes do before RL: the arms of evaluate.py on the policy that RL started from."""
+    # The policy that has seen prefixes, where there is one.
+    policies = sorted(stages.policies.items(), key=lambda item: item[0] == "none")
+    _, policy = policies[0]
+    print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
+
+    task = config.task
+    if config.test_data is not None:
+        task = f"{config.task}={config.test_data}"
+    shared = "prompt length independent temperature top_p top_k max_new_tokens slots device"
+    settings = {name: getattr(config, name) for name in shared.split()}
+    settings.update(model=policy, vae=stages.vae, task=[task], out=str(folder))
+    arms = evaluate.EvaluateConfig(questions=config.closing_questions, **settings)
+
+    # One of other settings is made anew: after all of RL a refusal would help nobody.
+    stored = folder / "config.json"
+    same = stored.is_file() and vae.read_json(stored) == vae.result_settings(arms)
+    arms.resume = config.resume and same
+    evaluate.evaluate(arms)
 
 
 def main(argv=None):
-    """All stages: what is missing below RL, one RL run per schedule and seed, tables and pictures."""
-    args = parse_args(argv)
-    check(args)
-    ranks, task = Ranks.start(args.device, args.fsdp), load_task(args.task, args.train_data, args.test_data)
-    if args.prompts % (ranks.world * args.minibatches):
-        raise ValueError(f"--prompts {args.prompts} cannot be split over {ranks.world} ranks x {args.minibatches} minibatches")
-    check_prompts(task.train + task.test[:max(args.eval_questions, args.arm_questions)], task.instruction, args)
-    for _, folder, settings in runs_of(args):               # all of them are checked before any work
-        if (folder / "config.json").is_file() and not args.overwrite:
-            sft.is_finished(folder, settings, args.resume)
-    policies, folders = sft.prepare(args, ranks), {}
-    evaluate.check_names(args)
-    for own, folder, settings in runs_of(args):
-        run = Run(folder, settings, ranks, args.resume, args.overwrite, args.keep)
-        folders.setdefault(own.schedule, []).append(folder)
-        if not run.finished:
-            train_one(own, task, run, policies[own.schedule])
-        elif ranks.rank == 0:
-            print(f"using {folder}")
-    ranks.leave()                                           # the others end here
-    if ranks.rank == 0:
-        evaluate.close_rl(args, folders, policies, ranks.device)
-
-
-def train_one(args, task, run, start):
-    """One RL run from the warmed-up policy in the folder `start`."""
-    model, tokenizer = load_trainable(start, run.ranks, args)
-    reference = load_reference(start, model, run.ranks, args) if args.kl else None
-    source = "none" if args.schedule == "none" else args.source
-    latents = None if source in ("none", "noise") else VAE.load(args.vae)
-    palette = Palette(latents, whole(model.get_input_embeddings().weight.detach()), source, args.length, not args.independent)
-    train(model, tokenizer, task, palette, run, args, reference)
+    train(vae.parse_settings(GRPOConfig, __doc__, argv))
 
 
 if __name__ == "__main__":
-    run_main(main, "grpo.py")
+    vae.run_main(main, "grpo.py")

@@ -1,15 +1,18 @@
-"""Does the tiny world show the paper's phenomena on most seeds? Every base seed x every RL seed, with controls.
+"""Does the tiny world show the paper's phenomena on most seeds? Each base seed x each RL seed.
 
-For each base seed it runs the README's own command, `python grpo.py --base-seed B --seed ...` (pretraining, VAE, warm-up,
-arms, RL under three schedules), then RL with noise prefixes as a control, and prints the figures of all bases side by side.
-Nothing is picked: a base on which a claim fails stands in the table like the others.
+For each base seed it runs the README's own command, `python grpo.py --base-seed B --seed ...`
+(pretraining, VAE, warm-up, RL under three schedules, arms), then RL with noise prefixes as a
+control, and prints the figures of all bases side by side. Nothing is picked: a base on which a
+claim fails stands in the table like the others.
 
-    python tests/bench_tiny_world.py                  # 5 bases x 3 RL seeds, two processes of one thread
-    python tests/bench_tiny_world.py --quick          # one base, hardly trained: checks the script, not the claims
+    python tests/bench_tiny_world.py           # 5 bases x 3 RL seeds, two processes of one thread
+    python tests/bench_tiny_world.py --quick   # one base, hardly trained: checks the script only
 
-Resumable: what is finished under --out is used as it is. Ends with one line of JSON. `--write` puts the figures into
-tests/tiny_world.json and the table into README.md (a test checks that the two agree).
+Resumable: what is finished under --out is used as it is. Ends with one line of JSON. `--write` puts
+the figures into tests/tiny_world.json and the table into README.md (a test checks that the two
+agree).
 """
+
 import argparse
 import json
 import os
@@ -20,114 +23,238 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from evaluate import run_command            # noqa: E402
-from rewards import STYLES                  # noqa: E402
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tutorials"))
+from reproduce import run_command
+from tiny_world import STYLES
 
+ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- tests/bench_tiny_world.py --write -->", "<!-- end -->"
 ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
+PASS = ("pass@1", "pass@8", "pass@32")
+RARE = ("math", "code")  # the styles whose leak counts
+QUICK = {"--base-steps": 60, "--steps": 4, "--eval-questions": 16, "--closing-questions": 8}
+
+
+# ---- running ------------------------------------------------------------------------------------
 
 
 def run_base(base, args, flags=(), noise=True):
-    """All stages and all RL runs of one base, each process on one thread. flags: more of grpo.py's. Returns their folder."""
+    """All stages and RL runs of one base, each process on one thread. Returns their folder.
+
+    flags: more of grpo.py's. noise: also run RL with noise prefixes.
+    """
     out = Path(args.out) / f"base-{base}"
-    common = ["grpo.py", "--base-seed", str(base), "--seed", *map(str, args.seeds), "--out", str(out), "--resume"]
-    if args.quick:
-        common += ["--base-steps", "60", "--steps", "4", "--eval-questions", "16", "--arm-questions", "8", "--arm-samples", "8"]
-    common += flags
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    run_command("latents", common, out)
+    seeds = [str(seed) for seed in args.seeds]
+    command = ["grpo.py", "--base-seed", str(base), "--seed", *seeds, "--out", str(out)]
+    command.append("--resume")
+    if args.quick:
+        for flag, value in QUICK.items():
+            command += [flag, str(value)]
+    command += flags
+    run_command("latents", command, out)
     if noise:
-        run_command("noise", [*common, "--schedule", "two-phase", "linear", "--source", "noise", "--arms", "none"], out)
+        control = ["--schedule", "two-phase", "linear", "--source", "noise"]
+        no_arms = ["--closing-questions", "0"]
+        run_command("noise", [*command, *control, *no_arms], out)
     return out
 
 
-def read(out, rare=("math", "code"), domains=STYLES):
+def run_bases(args, flags=(), noise=True):
+    """{base seed: folder}, --jobs bases at a time."""
+
+    def run(base):
+        return run_base(base, args, flags, noise)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = pool.map(run, args.bases)
+        return dict(zip(args.bases, folders))
+
+
+# ---- figures ------------------------------------------------------------------------------------
+
+
+def read_figures(out, rare=RARE, domains=STYLES):
     """One base's figures from its result files. rare: the styles whose leak counts."""
-    load = lambda name: json.loads((out / name).read_text())
-    pretraining = [json.loads(line) for line in (out / "base" / "metrics.jsonl").read_text().splitlines()][-1]
-    kept = ("pass@1", "pass@8", "pass@32")
-    arms = {name: {**{key: row[key] for key in kept if key in row}, "styles": {style: row[f"style {style}"][0] for style in domains}}
-            for name, row in load("evaluation/results.json")["arms"].items()}
-    return {"leak": {style: pretraining[f"leak_{style}"] for style in rare}, "arms": arms,
-            "control": {domain: arms[domain]["styles"][domain] for domain in domains},
-            "rl": load("grpo-prior.json"), **({"rl_noise": load("grpo-noise.json")} if (out / "grpo-noise.json").is_file() else {})}
+    figures = {"leak": {}, "arms": {}, "control": {}}
+    lines = (out / "base" / "metrics.jsonl").read_text().splitlines()
+    pretraining = json.loads(lines[-1])
+    for style in rare:
+        figures["leak"][style] = pretraining[f"leak_{style}"]
+
+    results = json.loads((out / "evaluation" / "results.json").read_text())
+    for name, row in results["arms"].items():
+        arm = {key: row[key] for key in PASS if key in row}
+        arm["styles"] = {}
+        for style in domains:
+            arm["styles"][style] = row[f"style {style}"][0]
+        figures["arms"][name] = arm
+    for domain in domains:
+        figures["control"][domain] = figures["arms"][domain]["styles"][domain]
+
+    figures["rl"] = json.loads((out / "grpo-prior.json").read_text())
+    noise = out / "grpo-noise.json"
+    if noise.is_file():
+        figures["rl_noise"] = json.loads(noise.read_text())
+    return figures
+
+
+def rl_cell(runs):
+    """The end of one schedule's RL runs: mean, and standard deviation of several."""
+    text = f"{runs['mean']:.3f}"
+    if len(runs["end"]) > 1:
+        text += f" ± {runs['std']:.3f}"
+    return text
+
+
+def rows_of_base(figures, arms):
+    """{name of a table row: its cell} of one base."""
+    rows = {}
+    leak = figures["leak"]
+    shares = [f"{share:.3%}" for share in leak.values()]
+    rows[f"leak of {' / '.join(leak)} without context"] = " / ".join(shares)
+    control = figures["control"]
+    shares = [f"{share:.2f}" for share in control.values()]
+    rows[f"style follows domain, L = 8 ({' / '.join(control)})"] = " / ".join(shares)
+    for arm in arms:
+        values = {}
+        for name, value in figures["arms"][arm].items():
+            if name.startswith("pass@"):
+                values[name] = f"{value[0]:.2f}"
+        rows[f"{arm}: {' / '.join(values)}"] = " / ".join(values.values())
+    for title, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
+        for schedule, runs in figures.get(key, {}).items():
+            rows[f"{title} {schedule}"] = rl_cell(runs)
+    return rows
+
+
+def markdown_row(name, cells):
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def table(figures, arms=ARMS):
     """Markdown: one column a base."""
-    bases = list(figures)
-    lines = ["| base seed | " + " | ".join(map(str, bases)) + " |", "|---|" + "---|" * len(bases)]
-    add = lambda name, cell: lines.append(f"| {name} | " + " | ".join(cell(figures[base]) for base in bases) + " |")
-    first = figures[bases[0]]
-    add(f"leak of {' / '.join(first['leak'])} without context", lambda f: " / ".join(f"{share:.3%}" for share in f["leak"].values()))
-    add(f"style follows domain, L = 8 ({' / '.join(first['control'])})", lambda f: " / ".join(f"{share:.2f}" for share in f["control"].values()))
-    for arm in arms:
-        ks = [name for name in first["arms"][arm] if name.startswith("pass@")]
-        add(f"{arm}: {' / '.join(ks)}", lambda f: " / ".join(f"{f['arms'][arm][k][0]:.2f}" for k in ks))
-    for name, key in (("RL", "rl"), ("RL, noise prefixes", "rl_noise")):
-        for schedule in first.get(key, ()):
-            add(f"{name} {schedule}", lambda f: f"{f[key][schedule]['mean']:.3f}" + (
-                f" ± {f[key][schedule]['std']:.3f}" if len(f[key][schedule]["end"]) > 1 else ""))
+    columns = [rows_of_base(base, arms) for base in figures.values()]
+    seeds = [str(base) for base in figures]
+    lines = [markdown_row("base seed", seeds), "|---|" + "---|" * len(seeds)]
+    for name in columns[0]:
+        cells = [column[name] for column in columns]
+        lines.append(markdown_row(name, cells))
     return "\n".join(lines)
+
+
+def claims_of_base(figures):
+    """{claim of the README: whether it holds} on one base."""
+    pass8 = {arm: figures["arms"][arm]["pass@8"][0] for arm in ARMS}
+    latent_runs = figures["rl"]["two-phase"]
+    noise_runs = figures["rl_noise"]["two-phase"]
+    none = figures["rl"]["none"]["mean"]
+    linear = figures["rl"]["linear"]["mean"]
+    two_phase = latent_runs["mean"]
+
+    claims = {}
+    claims["every domain steers >= 90%"] = min(figures["control"].values()) >= 0.9
+    is_ordered = pass8["latent + sampling"] > pass8["sampling"] > pass8["greedy"]
+    claims["pass@8: latent + sampling > sampling > greedy"] = is_ordered
+    claims["RL: two-phase > none"] = two_phase > none
+    claims["RL: linear > none"] = linear > none
+    is_near = abs(pass8["gauss"] - pass8["latent"]) < 0.05
+    claims["against us: gauss within 0.05 of latent on pass@8"] = is_near
+    noise = "against us: RL with noise prefixes (two-phase)"
+    claims[f"{noise} within 0.05 of latents"] = noise_runs["mean"] > two_phase - 0.05
+    is_sooner = noise_runs["course"] > latent_runs["course"]
+    claims[f"{noise} learns sooner: a higher mean over the run's evaluations"] = is_sooner
+    return claims
+
+
+def count_claims(figures, claims=claims_of_base):
+    """{claim: on how many bases it holds}. claims(figures of one base) -> {claim: bool}."""
+    counts = {}
+    for base in figures.values():
+        for name, holds in claims(base).items():
+            counts[name] = counts.get(name, 0) + holds
+    return counts
 
 
 def page(figures, note, counts=None, arms=ARMS):
     """What stands in README.md: the table, the count of every claim, and how it was measured."""
-    counts = [f"- {name}: on {count} of {len(figures)} bases" for name, count in (counts or claims(figures)).items()]
-    return "\n".join([table(figures, arms), "", *counts, "", note])
+    if counts is None:
+        counts = count_claims(figures)
+    lines = [table(figures, arms), ""]
+    for name, count in counts.items():
+        lines.append(f"- {name}: on {count} of {len(figures)} bases")
+    return "\n".join([*lines, "", note])
 
 
-def write(figures, note, out):
-    """Replace the part of README.md between the markers, the JSON that it is checked against, and the first base's pictures."""
-    (ROOT / "tests" / "tiny_world.json").write_text(json.dumps({"note": note, "figures": figures}, indent=1) + "\n")
-    for name, picture in (("evaluation/pass_at_k.png", "pass_at_k.png"), ("grpo-prior.png", "learning_curves.png"),
-                          ("vae/latents.png", "latents.png")):
-        shutil.copy(out / f"base-{next(iter(figures))}" / name, ROOT / "tutorials" / f"tiny_world_{picture}")
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(START)
-    readme.write_text(before + START + "\n" + page(figures, note) + "\n" + END + rest.split(END)[1])
+# ---- writing ------------------------------------------------------------------------------------
 
 
-def claims(figures):
-    """On how many bases each claim of the README holds."""
-    k = lambda f, arm: f["arms"][arm].get("pass@8", [0])[0]
-    tests = {
-        "every domain steers >= 90%": lambda f: min(f["control"].values()) >= 0.9,
-        "pass@8: latent + sampling > sampling > greedy": lambda f: k(f, "latent + sampling") > k(f, "sampling") > k(f, "greedy"),
-        "RL: two-phase > none": lambda f: f["rl"]["two-phase"]["mean"] > f["rl"]["none"]["mean"],
-        "RL: linear > none": lambda f: f["rl"]["linear"]["mean"] > f["rl"]["none"]["mean"],
-        "against us: gauss within 0.05 of latent on pass@8": lambda f: abs(k(f, "gauss") - k(f, "latent")) < 0.05,
-        "against us: RL with noise prefixes (two-phase) within 0.05 of latents": lambda f:
-            f["rl_noise"]["two-phase"]["mean"] > f["rl"]["two-phase"]["mean"] - 0.05,
-        "against us: RL with noise prefixes (two-phase) learns sooner: a higher mean over the run's evaluations": lambda f:
-            f["rl_noise"]["two-phase"]["course"] > f["rl"]["two-phase"]["course"],
-    }
-    return {name: sum(map(test, figures.values())) for name, test in tests.items()}
+def replace_between(path, start, end, text):
+    """Put text between the two markers of a page."""
+    before, rest = path.read_text().split(start)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def write_json(name, figures, note):
+    content = json.dumps({"note": note, "figures": figures}, indent=1)
+    (ROOT / "tests" / name).write_text(content + "\n")
+
+
+def write(figures, note, folder):
+    """The part of README.md between the markers, the JSON that it is checked against, and the
+    pictures of the first base, which lie in `folder`."""
+    write_json("tiny_world.json", figures, note)
+    for source, picture in (
+        ("evaluation/pass_at_k.png", "pass_at_k.png"),
+        ("grpo-prior.png", "learning_curves.png"),
+        ("vae/latents.png", "latents.png"),
+    ):
+        shutil.copy(folder / source, ROOT / "tutorials" / f"tiny_world_{picture}")
+    replace_between(ROOT / "README.md", START, END, page(figures, note))
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def parse_args(doc, seeds, out):
+    """The flags of both bench scripts; seeds, out: defaults."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    bases = [0, 1, 2, 3, 4]
+    parser.add_argument("--bases", type=int, nargs="+", default=bases, help="seeds (0 1 2 3 4)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help=f"RL seeds ({seeds})")
+    parser.add_argument("--jobs", type=int, default=2, help="bases at a time (2)")
+    parser.add_argument("--out", default=out, help=f"where everything goes ({out})")
+    parser.add_argument("--write", action="store_true", help="put the figures into the documents")
+    parser.add_argument("--quick", action="store_true", help="one base, hardly trained")
+    args = parser.parse_args()
+    if args.quick:
+        args.bases = [0]
+        args.seeds = [0]
+        args.out += "-quick"
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bases", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="base seeds (default: 0 1 2 3 4)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="RL seeds (default: 0 1 2)")
-    parser.add_argument("--jobs", type=int, default=2, help="bases at a time (default: 2)")
-    parser.add_argument("--out", default="runs/tiny-world", help="where everything goes (default: runs/tiny-world)")
-    parser.add_argument("--write", action="store_true", help="put the figures into README.md and tests/tiny_world.json")
-    parser.add_argument("--quick", action="store_true", help="one base, one seed, a minute's worth of training at most")
-    args = parser.parse_args()
-    if args.quick:
-        args.bases, args.seeds, args.out = [0], [0], args.out + "-quick"
+    args = parse_args(__doc__, seeds=[0, 1, 2], out="runs/tiny-world")
     began = time.time()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        folders = dict(zip(args.bases, pool.map(lambda base: run_base(base, args), args.bases)))
-    figures = {base: read(out) for base, out in folders.items()}
-    note = (f"{len(args.bases)} bases x {len(args.seeds)} RL seeds; {os.cpu_count()} CPU cores, {args.jobs} processes of one thread, "
-            f"{(time.time() - began) / 60:.0f} minutes; {date.today()}; mean ± standard deviation over RL seeds.")
+    folders = run_bases(args)
+    minutes = (time.time() - began) / 60
+
+    figures = {}
+    for base, folder in folders.items():
+        figures[str(base)] = read_figures(folder)
+    note = (
+        f"{len(args.bases)} bases x {len(args.seeds)} RL seeds; {os.cpu_count()} CPU cores, "
+        f"{args.jobs} processes of one thread, {minutes:.0f} minutes; {date.today()}; "
+        "mean ± standard deviation over RL seeds."
+    )
     print(page(figures, note))
     if args.write:
-        write(figures, note, Path(args.out))
-    print(json.dumps({"claims": claims(figures), "bases": figures}))
+        write(figures, note, folders[args.bases[0]])
+    print(json.dumps({"claims": count_claims(figures), "bases": figures}))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,55 @@
-"""Shared fixtures: a small untrained policy of the tiny world, its tokenizer, and a VAE on its embedding table.
+"""Shared fixtures: a small untrained policy of the tiny world, its reader, and a VAE made for it.
 
 Nothing here downloads or trains for long; every folder is pytest's own.
 """
-import sys
+
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)        # two threads on two busy cores are many times slower than one
-tqdm.monitor_interval = 0       # no thread of its own, and
-tqdm.set_lock(threading.RLock())        # no lock shared with forked ranks: one that is killed while it draws would block all others
+from tiny_world import make_model, make_reader, make_traces
+from vae import VAEConfig, train_vae
+
+torch.set_num_threads(1)  # two threads on two busy cores are many times slower than one
+tqdm.monitor_interval = 0  # no thread of its own, and
+# no lock shared with forked ranks: one that is killed while it draws would block all others
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    from sft import tiny_tokenizer
-    return tiny_tokenizer()
+def reader():
+    return make_reader()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(reader):
+    return reader.tokenizer
 
 
 @pytest.fixture
 def model():
     """An untrained tiny Qwen3, new for every test, so that a test may train it."""
-    from sft import tiny_model
-    return tiny_model(seed=1).eval()
+    return make_model(seed=1).eval()
 
 
 @pytest.fixture(scope="session")
-def policy_folder(tmp_path_factory, tokenizer):
+def policy_folder(tmp_path_factory, reader):
     """The same model as an ordinary Hugging Face folder."""
-    from sft import tiny_model
     folder = tmp_path_factory.mktemp("policy")
-    tiny_model(seed=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_model(seed=1).save_pretrained(folder)
+    reader.save(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def traces():
-    from rewards import tiny_traces
-    return tiny_traces(300, seed=5)
+    return make_traces(300, seed=5)
 
 
 @pytest.fixture(scope="session")
-def vae(tmp_path_factory, tokenizer, traces):
-    from sft import tiny_model
-    from vae import train_vae
-    table = tiny_model(seed=1).get_input_embeddings().weight.detach()
-    return train_vae(traces, tokenizer, table, tmp_path_factory.mktemp("vae"), epochs=20)
+def vae(tmp_path_factory, traces, reader):
+    """A VAE on the embedding table of that model."""
+    config = VAEConfig(out=str(tmp_path_factory.mktemp("vae")), epochs=20)
+    return train_vae(config, traces, reader, make_model(seed=1))

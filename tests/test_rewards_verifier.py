@@ -1,181 +1,325 @@
-"""The verifier against the labelled table, hostile inputs, published failures of others, hand-made cases."""
+"""The verifier against the labelled table, hostile inputs, published failures of others, traps."""
+
 import itertools
 import json
-import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hostile import HOSTILE
+
+import rewards
+from rewards import answers_equal, box_iou, extract_answer, parse_box
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
-from hostile import HOSTILE  # noqa: E402
-from rewards import accuracy, answers_equal, box_iou, extract_answer, format_reward, overlong, parse_box  # noqa: E402
-
-PAIRS = [json.loads(line) for line in (HERE / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+LINES = (HERE / "answer_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+PAIRS = [json.loads(line) for line in LINES]
+EQUAL = [pair for pair in PAIRS if pair["equal"]]
+UNEQUAL = [pair for pair in PAIRS if not pair["equal"]]
 MATH500 = HERE.parent.parent / "shared" / "data" / "math500.jsonl"
 
 
-def test_table_is_large_and_mostly_near_misses():
-    assert len(PAIRS) >= 400 and sum(not p["equal"] for p in PAIRS) >= len(PAIRS) / 2
-    assert len({(p["answer"], p["gold"]) for p in PAIRS}) == len(PAIRS)
+def are_equal(answer, gold):
+    """The verdict on a pair, which must not depend on the order."""
+    verdict = answers_equal(answer, gold)
+    assert answers_equal(gold, answer) is verdict
+    return verdict
+
+
+# ---- the table ----
+
+
+def test_the_table_is_large_and_mostly_near_misses():
+    assert len(PAIRS) >= 400 and len(UNEQUAL) >= len(PAIRS) / 2
+    assert len({(pair["answer"], pair["gold"]) for pair in PAIRS}) == len(PAIRS)
 
 
 def test_no_false_positive_on_the_table():
-    assert [p for p in PAIRS if not p["equal"] and answers_equal(p["answer"], p["gold"]) is True] == []
+    for pair in UNEQUAL:
+        assert are_equal(pair["answer"], pair["gold"]) is not True, pair
 
 
 def test_at_most_one_percent_false_negatives_on_the_table():
-    equal = [p for p in PAIRS if p["equal"]]
-    missed = [p for p in equal if answers_equal(p["answer"], p["gold"]) is not True]
-    assert len(missed) <= len(equal) / 100, missed
+    missed = []
+    for pair in EQUAL:
+        if are_equal(pair["answer"], pair["gold"]) is not True:
+            missed.append(pair)
+    assert len(missed) <= len(EQUAL) / 100, missed
 
 
-def test_symmetric_on_the_table():
-    pairs = [(p["answer"], p["gold"]) for p in PAIRS]
-    assert [(a, b) for a, b in pairs if answers_equal(a, b) is not answers_equal(b, a)] == []
+def test_it_works_in_threads():
+    def verdicts(_):
+        return [answers_equal(pair["answer"], pair["gold"]) for pair in PAIRS[:200]]
+
+    with ThreadPoolExecutor(4) as threads:
+        for result in threads.map(verdicts, range(4)):
+            assert result == verdicts(None)
+
+
+# ---- the rules ----
+
+
+def examples():
+    """(before, after) of each rule: the example behind it, or on the line above."""
+    lines = Path(rewards.__file__).read_text(encoding="utf-8").splitlines()
+    pairs = []
+    for above, line in itertools.pairwise(lines):
+        if line.startswith("rule("):
+            comment = line.rpartition("  # ")[2] if " -> " in line else above.removeprefix("# ")
+            before, _, after = comment.partition(" -> ")
+            pairs.append((before, after.partition(" (not")[0]))
+    return pairs
+
+
+def test_every_rule_does_what_its_example_says():
+    assert len(examples()) == len(rewards.RULES) > 30
+    for (before, after), (pattern, replacement) in zip(examples(), rewards.RULES):
+        assert " ".join(pattern.sub(replacement, before).split()) == after, pattern.pattern
+
+
+# ---- hostile inputs ----
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_input_neither_raises_nor_equals_42(name):
     text = HOSTILE[name]
-    assert answers_equal(text, "42") is not True and answers_equal("42", text) is not True
-    for how in ("boxed", "hash", "phrase", "tag", "last"):
-        assert accuracy("no answer here " + text, "42", how) == 0.0
+    assert are_equal(text, "42") is not True
+    for how in rewards.FORMS:
+        answer = extract_answer("no answer here " + text, how)
+        assert answer is None or answers_equal(answer, "42") is not True
     assert box_iou(text, "[0, 0, 1, 1]") == 0.0
 
 
-@pytest.mark.parametrize("name", [
-    "nested powers", "nested powers, TeX", "parentheses", "1 MB of digits", "huge exponent", "control characters",
-    "non-Latin digits", "zero division", "zero to zero", "open"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nested powers",
+        "nested powers, TeX",
+        "parentheses",
+        "1 MB of digits",
+        "huge exponent",
+        "control characters",
+        "non-Latin digits",
+        "zero division",
+        "zero to zero",
+        "open",
+    ],
+)
 def test_beyond_the_bounds_is_undecided(name):
-    assert answers_equal(HOSTILE[name], "42") is None
+    assert are_equal(HOSTILE[name], "42") is None
 
 
-@pytest.mark.parametrize("answer, gold", [
-    # Qwen2.5-Math math_equal takes these for equal
-    ("50", "0.5"), ("20170", "20171"), ("(1,2]", "[1,2)"),
-    # Math-Verify issue 14 and pull request 82
-    (r"1-\frac{1}{e}", r"1+\frac{1}{e}"), (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
-    (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
-    ("n=2, 3, 4", "n=1, 2, 3"), ("D = (0, 1)", "D = (0, 1.5)"), (r"19, 46, \text{ and } 82", "21, 36, and 82"),
-    (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3 \cdot 2^{2006}}"), (r"\pm 2021", "2021"), ("12:00", "1:00"),
-    (r"1, 2, \ldots, n", r"1, 3, 5, \ldots, 2n-1"), (r"1:2:3:\ldots", r"1:4:9:\ldots"),
-    # Math-Verify issues 41 and 60
-    ("4", r"4\sqrt(2)"), ("3*x-1*y+13=0", "3x + 4y + 14=0"),
-])
+# ---- published failures of others, and traps ----
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        # Qwen2.5-Math math_equal takes these for equal
+        ("50", "0.5"),
+        ("20170", "20171"),
+        ("(1,2]", "[1,2)"),
+        # Math-Verify issue 14 and pull request 82
+        (r"1-\frac{1}{e}", r"1+\frac{1}{e}"),
+        (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),
+        (r"\frac{1}{2004!}", r"\frac{1}{2006!}"),
+        ("n=2, 3, 4", "n=1, 2, 3"),
+        ("D = (0, 1)", "D = (0, 1.5)"),
+        (r"19, 46, \text{ and } 82", "21, 36, and 82"),
+        (r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", r"\frac{1}{3 \cdot 2^{2006}}"),
+        (r"\pm 2021", "2021"),
+        ("12:00", "1:00"),
+        (r"1, 2, \ldots, n", r"1, 3, 5, \ldots, 2n-1"),
+        (r"1:2:3:\ldots", r"1:4:9:\ldots"),
+        # Math-Verify issues 41 and 60
+        ("4", r"4\sqrt(2)"),
+        ("3*x-1*y+13=0", "3x + 4y + 14=0"),
+    ],
+)
 def test_published_false_positives_are_not_ours(answer, gold):
-    assert answers_equal(answer, gold) is not True and answers_equal(gold, answer) is not True
+    assert are_equal(answer, gold) is not True
 
 
-@pytest.mark.parametrize("answer, gold", [
-    ("4/6", r"\frac{2}{3}"),                                          # PRM800K's grader: not equal
-    ("2x+4y-3=0", "$y = -1/2*x + 3/4$"), (r"\text{13}", "13"),        # Math-Verify issues 26 and 37
-    (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"), ("-34x-45y+20z-100=0", "34x+45y-20z+100=0"),
-    ("(1,4.5)", r"(1,\frac{9}{2})"),
-])
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("4/6", r"\frac{2}{3}"),  # PRM800K's grader: not equal
+        ("2x+4y-3=0", "$y = -1/2*x + 3/4$"),
+        (r"\text{13}", "13"),  # Math-Verify issues 26 and 37
+        (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"),
+        ("-34x-45y+20z-100=0", "34x+45y-20z+100=0"),
+        ("(1,4.5)", r"(1,\frac{9}{2})"),
+    ],
+)
 def test_published_false_negatives_are_not_ours(answer, gold):
-    assert answers_equal(answer, gold) is True and answers_equal(gold, answer) is True
+    assert are_equal(answer, gold) is True
 
 
-@pytest.mark.parametrize("answer, gold", [
-    ("2305843009213693956", "5"), ("1e400", "1e401"), ("10^{300}+1", "10^{300}"), ("1/3", "0." + "3" * 200),
-    (r"\sqrt{2}", "1.41421356237309504880168872420969807856967187537694"), ("east", "seat"), ("2xy", "2xz"),
-    ("AB", "BA"), (r"\sqrt{x^2}", "x"), (r"\sqrt{x^2}", "-x"), ("3!!", "720"), ("2 3", "6"), ("2 3", "5"),
-    ("1\x1c2", "12"), ("0.333...", "0.333"),
-    ("5 or more", "5"), ("not 5", "5"), ("5 feet 3 inches", "15"), ("3 tenths", "3"), ("5 squared", "5"),
-    (r"\infty-\infty", "0"),
-    (r"\{1,1,2\}", "1,1,3"), ("1,1,2", "1,2,2"), ("x=5,y=3", "3,5"), ("(1,2)", r"\{1,2\}"), ("1,234", "(1,234)"),
-    ("5 cm", "5 m"),
-    ("xy = 5", "5"), ("5 cm + 3", "8"), ("eggs + 5", "6"), ("$1$$2$", "12"), ("{1}{2}", "2"), ("5 halves", "5"),
-    ("7 twentieths", "7"),
-    (r"\sqrt2\frac12", r"\sqrt{2.5}"), ("1**2**", "12"), ("x=5", "y=5"), ("y = x", "y = 1"), ("0=0", "1=1"),
-    ("2516_8", "1358"),
-    ("5 or 6", "5"), ("-5", "5"), ("f(x)=2", "g(x)=2"), (r"\frac{1}{0}", r"\frac{2}{0}"), (r"\sqrt[0]{2}", "1"),
-    ("1 4/0", "1"),
-])
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("2305843009213693956", "5"),
+        ("1e400", "1e401"),
+        ("10^{300}+1", "10^{300}"),
+        ("1/3", "0." + "3" * 200),
+        (r"\sqrt{2}", "1.41421356237309504880168872420969807856967187537694"),
+        ("east", "seat"),
+        ("2xy", "2xz"),
+        ("AB", "BA"),
+        (r"\sqrt{x^2}", "x"),
+        (r"\sqrt{x^2}", "-x"),
+        ("3!!", "720"),
+        ("2 3", "6"),
+        ("2 3", "5"),
+        ("1\x1c2", "12"),
+        ("0.333...", "0.333"),
+        ("5 or more", "5"),
+        ("not 5", "5"),
+        ("5 feet 3 inches", "15"),
+        ("3 tenths", "3"),
+        ("5 squared", "5"),
+        (r"\infty-\infty", "0"),
+        (r"\{1,1,2\}", "1,1,3"),
+        ("1,1,2", "1,2,2"),
+        ("x=5,y=3", "3,5"),
+        ("(1,2)", r"\{1,2\}"),
+        ("1,234", "(1,234)"),
+        ("5 cm", "5 m"),
+        ("xy = 5", "5"),
+        ("5 cm + 3", "8"),
+        ("eggs + 5", "6"),
+        ("$1$$2$", "12"),
+        ("{1}{2}", "2"),
+        ("5 halves", "5"),
+        ("7 twentieths", "7"),
+        (r"\sqrt2\frac12", r"\sqrt{2.5}"),
+        ("1**2**", "12"),
+        ("x=5", "y=5"),
+        ("y = x", "y = 1"),
+        ("0=0", "1=1"),
+        ("2516_8", "1358"),
+        ("5 or 6", "5"),
+        ("-5", "5"),
+        ("f(x)=2", "g(x)=2"),
+        (r"\frac{1}{0}", r"\frac{2}{0}"),
+        (r"\sqrt[0]{2}", "1"),
+        ("1 4/0", "1"),
+    ],
+)
 def test_traps(answer, gold):
-    assert answers_equal(answer, gold) is not True and answers_equal(gold, answer) is not True
+    assert are_equal(answer, gold) is not True
 
 
-def test_works_in_threads():
-    wanted = [answers_equal(p["answer"], p["gold"]) for p in PAIRS[:200]]
-    got = {}
+# ---- MATH-500 ----
 
-    def work(k):
-        got[k] = [answers_equal(p["answer"], p["gold"]) for p in PAIRS[:200]]
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert got == {k: wanted for k in range(4)}
+# rows that hold the same answer in another spelling
+SAME_ROWS = [
+    {"1,-2", "-2,1"},
+    {"10,\\!080", "10080"},
+    {"120", r"120^\circ"},
+    {"30", r"30^\circ"},
+    {"36", r"36^\circ"},
+    {"90", r"90^\circ"},
+    {"36", r"\$36"},
+    {"15", r"15\mbox{ cm}^2"},
+    {r"2 \sqrt{5}", r"2\sqrt{5}"},
+    {"5", "x=5"},
+    {r"\frac14", r"\frac{1}{4}"},
+]
 
 
-@pytest.mark.parametrize("text, how, answer", [
-    (r"so \boxed{1} and \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"), (r"\boxed{\{1,2\}}", "boxed", r"\{1,2\}"),
-    (r"\boxed{3} then \boxed{\frac{1}{2", "boxed", "3"), (r"\boxed{\boxed{5}}", "boxed", "5"),
-    (r"\boxed{}", "boxed", None),
-    ("no box 5", "boxed", None), ("a #### 1\nb\n#### 1,234\n", "hash", "1,234"), ("####", "hash", None),
-    ("The answer is 3.5. Thus done.", "phrase", "3.5"),
-    ("the answer is 3. No, the answer is: $-4$.", "phrase", "$-4$"),
-    ("Answer: 7", "phrase", "7"), ("answers abound", "phrase", None),
-    ("<answer>1</answer> <answer> 2\n</answer>", "tag", "2"), ("<answer>1", "tag", None),
-    ("from 3 to -4.5 apples", "last", "-4.5"), ("9-5", "last", "5"), ("it costs $1,234.", "last", "$1,234"),
-    ("none", "last", None),
-    (r"3 \boxed{4}", ("tag", "boxed"), "4"), (r"<answer>3</answer> \boxed{4}", ("tag", "boxed"), "3"),
-    ("x 7", ("boxed", "last"), "7"),
-    ("x" * 100_000 + r"\boxed{2}", "boxed", "2"), (r"\boxed{" * 10_000 + "2}", "boxed", "2"),
-])
+@pytest.fixture
+def golds():
+    if not MATH500.exists():
+        pytest.skip(f"{MATH500} is not there")
+    lines = MATH500.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["answer"] for line in lines]
+
+
+def test_the_golds_of_math500_equal_themselves(golds):
+    for gold in golds:
+        # A period and dollars keep the text from being identical, so the parser decides.
+        assert answers_equal(f"$ {gold} $.", gold) is True, gold
+        boxed = extract_answer(f"Thus \\boxed{{{gold}}}.", "boxed")
+        assert answers_equal(boxed, gold) is True, gold
+
+
+def test_the_golds_of_math500_equal_no_other(golds):
+    half = sorted(set(golds))[::2]
+    pairs = list(itertools.combinations(half, 2))
+    for shift in (1, 7):
+        pairs += zip(golds, golds[shift:] + golds[:shift])
+    for a, b in pairs:
+        if a != b and answers_equal(a, b):
+            assert {a, b} in SAME_ROWS
+
+
+# ---- answers in a completion ----
+
+
+@pytest.mark.parametrize(
+    "text, how, answer",
+    [
+        (r"so \boxed{1} and \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", "boxed", r"\{1,2\}"),
+        (r"\boxed{3} then \boxed{\frac{1}{2", "boxed", "3"),
+        (r"\boxed{\boxed{5}}", "boxed", "5"),
+        (r"\boxed{}", "boxed", None),
+        ("no box 5", "boxed", None),
+        ("a #### 1\nb\n#### 1,234\n", "hash", "1,234"),
+        ("####", "hash", None),
+        ("The answer is 3.5. Thus done.", "phrase", "3.5"),
+        ("the answer is 3. No, the answer is: $-4$.", "phrase", "$-4$"),
+        ("Answer: 7", "phrase", "7"),
+        ("answers abound", "phrase", None),
+        ("<answer>1</answer> <answer> 2\n</answer>", "tag", "2"),
+        ("<answer>1", "tag", None),
+        ("from 3 to -4.5 apples", "last", "-4.5"),
+        ("9-5", "last", "5"),
+        ("it costs $1,234.", "last", "$1,234"),
+        ("none", "last", None),
+        (r"3 \boxed{4}", ("tag", "boxed"), "4"),
+        (r"<answer>3</answer> \boxed{4}", ("tag", "boxed"), "3"),
+        ("x 7", ("boxed", "last"), "7"),
+        ("x" * 100_000 + r"\boxed{2}", "boxed", "2"),
+        (r"\boxed{" * 10_000 + "2}", "boxed", "2"),
+    ],
+)
 def test_extraction(text, how, answer):
     assert extract_answer(text, how) == answer
 
 
-def test_accuracy_and_format():
-    assert accuracy(r"\boxed{\frac{2}{4}}", "0.5", "boxed") == 1.0 and accuracy(r"\boxed{2}", "0.5", "boxed") == 0.0
-    assert accuracy("0.5", "0.5", "boxed") == 0.0 and accuracy("#### 18 eggs", "18", "hash") == 1.0
-    assert format_reward(r"\boxed{7}", "boxed") == 1.0 and format_reward("#### 7", "boxed") == 0.0
-    assert format_reward("<answer>7</answer>", ("tag", "last")) == 1.0 and format_reward("7", ("tag", "last")) == 0.0
+# ---- boxes ----
 
 
-def test_overlong_is_dapo_equation_13():
-    # limit 100, buffer 20: free up to 80, then (80 - n) / 20, and -1 beyond the limit
-    assert [overlong(n, 100, 20) for n in (0, 80, 85, 90, 100, 101, 500)] == [0, 0, -0.25, -0.5, -1, -1, -1]
-    assert overlong(100, 100, 0) == 0 and overlong(101, 100, 0) == -1
-
-
-@pytest.mark.parametrize("text, box", [
-    ("[1, 2, 3, 4]", (1, 2, 3, 4)), ('{"bbox": [1, 2.5, 3, 4]}', (1, 2.5, 3, 4)), ([1, 2, 3, 4], (1, 2, 3, 4)),
-    ('{"x1": 1, "y1": 2, "x2": 3, "y2": 4}', (1, 2, 3, 4)), ("<box>1 2 3 4</box>", (1, 2, 3, 4)),
-    ("<box>(1,2),(3,4)</box>", (1, 2, 3, 4)), ("[0,0,1,1] no, [1,2,3,4]", (1, 2, 3, 4)), ((-1, 2, 3, 4), (-1, 2, 3, 4)),
-    ("[1, 2, 3]", None), ("[1,2,3,4,5]", None), ("[3,4,1,2]", None), ("[0, 0, 0, 5]", None), ("1 2 3 4", None),
-    ("[nan, 0, 1, 1]", None), ("[0, 0, inf, 1]", None), ("", None),
-])
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        ("[1, 2, 3, 4]", (1, 2, 3, 4)),
+        ('{"bbox": [1, 2.5, 3, 4]}', (1, 2.5, 3, 4)),
+        ([1, 2, 3, 4], (1, 2, 3, 4)),
+        ('{"x1": 1, "y1": 2, "x2": 3, "y2": 4}', (1, 2, 3, 4)),
+        ("<box>1 2 3 4</box>", (1, 2, 3, 4)),
+        ("<box>(1,2),(3,4)</box>", (1, 2, 3, 4)),
+        ("[0,0,1,1] no, [1,2,3,4]", (1, 2, 3, 4)),
+        ((-1, 2, 3, 4), (-1, 2, 3, 4)),
+        ("[1, 2, 3]", None),
+        ("[1,2,3,4,5]", None),
+        ("[3,4,1,2]", None),
+        ("[0, 0, 0, 5]", None),
+        ("1 2 3 4", None),
+        ("[nan, 0, 1, 1]", None),
+        ("[0, 0, inf, 1]", None),
+        ("", None),
+    ],
+)
 def test_parse_box(text, box):
     assert parse_box(text) == box
 
 
 def test_box_iou():
-    assert box_iou("[0, 0, 2, 2]", [0, 0, 2, 2]) == 1.0 and box_iou("[0, 0, 1, 1]", "[2, 2, 3, 3]") == 0.0
-    assert box_iou("<box>0 0 2 2</box>", "[1, 0, 3, 2]") == pytest.approx(2 / 6)      # overlap 2, union 4 + 4 - 2
+    assert box_iou("[0, 0, 2, 2]", [0, 0, 2, 2]) == 1.0
+    assert box_iou("[0, 0, 1, 1]", "[2, 2, 3, 3]") == 0.0
+    overlap = box_iou("<box>0 0 2 2</box>", "[1, 0, 3, 2]")
+    assert overlap == pytest.approx(2 / 6)  # 2, of a union of 4 + 4 - 2
     assert box_iou("no box", [0, 0, 1, 1]) == 0.0
-
-
-@pytest.mark.skipif(not MATH500.exists(), reason=f"{MATH500} is not there")
-def test_math500_golds_equal_themselves_and_no_other():
-    golds = [json.loads(line)["answer"] for line in MATH500.read_text(encoding="utf-8").splitlines()]
-    # a period, dollars and an outer \left keep the text from being identical, so the parser decides
-    assert [g for g in golds if answers_equal(f"$ {g} $.", g) is not True] == []
-    boxed = [extract_answer(f"Thus \\boxed{{{g}}}.", "boxed") for g in golds]
-    assert [g for b, g in zip(boxed, golds) if answers_equal(b, g) is not True] == []
-    equal = {frozenset((a, b)) for a, b in itertools.combinations(sorted(set(golds))[::2], 2) if answers_equal(a, b)}
-    assert equal <= set(map(frozenset, EQUAL_ROWS))
-    rolled = [(a, b) for k in (1, 7) for a, b in zip(golds, golds[k:] + golds[:k]) if a != b and answers_equal(a, b)]
-    assert {frozenset(p) for p in rolled} <= set(map(frozenset, EQUAL_ROWS))
-
-
-# rows of MATH-500 that hold the same answer in another spelling
-EQUAL_ROWS = [
-    ("1,-2", "-2,1"), ("10,\\!080", "10080"), ("120", r"120^\circ"), ("30", r"30^\circ"), ("36", r"36^\circ"),
-    ("90", r"90^\circ"), ("36", r"\$36"),
-    ("15", r"15\mbox{ cm}^2"), (r"2 \sqrt{5}", r"2\sqrt{5}"), ("5", "x=5"), (r"\frac14", r"\frac{1}{4}")]

@@ -1,365 +1,712 @@
-"""sft.py: the loss under a prefix, run folders, exact resume, and the tiny base's documents."""
+"""sft.py: the loss under a prefix, metrics by name, run folders, exact resume, settings."""
+
 import json
 import random
-from types import SimpleNamespace
+import shutil
 
 import pytest
 import torch
 
 import sft
-from prefix import Palette
-from rewards import ANSWER, END, PAD, QUESTION, TINY_VOCABULARY, tiny_document
-from sft import Ranks, Run, answer_ids, lm_step, pairs_of, seed_of, tiny_batch, warmup
+from prefix import Palette, Prompt, load_policy
+from sft import Ranks, Run, SFTConfig, answer_ids, lm_step, pairs_of, rows_of_step, seed_of, warm_up
+from tiny_world import VOCABULARY
+from vae import Reader, result_settings
 
-ALONE = Ranks(0, 1, torch.device("cpu"))
-WORD_ID = {word: i for i, word in enumerate(TINY_VOCABULARY)}
+ALONE = Ranks.alone()
+WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
+END = "<end>"
+
+
+@pytest.fixture
+def pairs(reader, traces):
+    return [answer_ids(trace, reader, "auto", 64) for trace in traces[:8]]
+
+
+@pytest.fixture
+def prefixes(model, vae):
+    """Eight: none for the even rows, one of two rows for the odd ones."""
+    palette = Palette(vae, table_of(model), "prior", 2)
+    prefixes = [None] * 8
+    for i in (1, 3, 5, 7):
+        prefixes[i] = palette.draw(i).embeddings
+    return prefixes
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "r", {"lr": 1.0}, ALONE)
+
+
+def table_of(model):
+    return model.get_input_embeddings().weight.detach()
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture
-def rows_and_prefixes(model, tokenizer, vae, traces):
-    rows = [answer_ids(trace, tokenizer, "auto", 64) for trace in traces[:8]]
-    prefixes, _ = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", 2).draw(range(8))
-    return rows, [prefix if i % 2 else None for i, prefix in enumerate(prefixes)]
+def assert_gradients(gradients_of_one, gradients_of_other):
+    assert gradients_of_one.keys() == gradients_of_other.keys()
+    for name, gradient in gradients_of_one.items():
+        other = gradients_of_other[name]
+        torch.testing.assert_close(other, gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_the_loss_is_the_plain_one_of_transformers_on_answer_tokens_end_token_included(model, rows_and_prefixes):
-    rows, prefixes = rows_and_prefixes
-    loss_sum, tokens = lm_step(model, rows, prefixes, ALONE)
-    ours, embed = gradients(model), model.get_input_embeddings()
+def assert_same_weights(model, other):
+    weights = other.state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def settings(**changes):
+    """The SFTConfig of a small warm-up; its names are of nothing."""
+    values = {"model": "m", "vae": "v", "traces": ["t"], "out": "o", "steps": 5, "batch": 6}
+    values |= {"lr": 1e-3, "max_tokens": 64, "tokens_per_batch": 512, "save_every": 2}
+    return SFTConfig(**{**values, **changes})
+
+
+# ---- The loss ------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_transformers_on_answer_tokens_with_the_end(model, pairs, prefixes):
+    loss_sum, answer_tokens = lm_step(model, pairs, prefixes, ALONE)
+    ours = gradients(model)
     model.zero_grad()
+
+    embed = model.get_input_embeddings()
     total = 0.0
-    for (prompt, answer), prefix in zip(rows, prefixes):
+    count = 0
+    for (prompt, answer), prefix in zip(pairs, prefixes):
         assert answer[-1] == WORD_ID[END]
-        lead = prefix if prefix is not None else torch.zeros(0, 128)
-        inputs = torch.cat([lead, embed(torch.tensor(prompt + answer))])[None]
-        labels = torch.tensor([[-100] * (len(lead) + len(prompt)) + answer])
-        total = total + model(inputs_embeds=inputs, labels=labels).loss * len(answer)
-    count = sum(len(answer) for _, answer in rows)
+        if prefix is None:
+            prefix = torch.zeros(0, 128)
+        inputs = torch.cat([prefix, embed(torch.tensor(prompt.ids + answer))])
+        unscored = [-100] * (len(prefix) + len(prompt.ids))
+        labels = torch.tensor([unscored + answer])
+        total = total + model(inputs_embeds=inputs[None], labels=labels).loss * len(answer)
+        count += len(answer)
     (total / count).backward()
-    assert tokens == count and loss_sum == pytest.approx(total.item(), rel=1e-5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(ours[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+    assert answer_tokens == count
+    assert loss_sum == pytest.approx(total.item(), rel=1e-5)
+    assert_gradients(ours, gradients(model))
 
 
-def test_the_gradient_does_not_depend_on_the_micro_batches(model, rows_and_prefixes):
-    found = []
-    for tokens_per_batch in (1, 120, 100_000):              # one row, about three rows, all rows
+def test_the_gradient_does_not_depend_on_the_micro_batches(model, pairs, prefixes):
+    results = []
+    for tokens_per_batch in (1, 120, 100_000):  # one row, about three rows, all rows
         model.zero_grad()
-        lm_step(model, *rows_and_prefixes, ALONE, tokens_per_batch)
-        found.append(gradients(model))
-    for other in found[1:]:
-        for name in other:
-            torch.testing.assert_close(found[0][name], other[name], atol=1e-6, rtol=1e-4, msg=name)
+        lm_step(model, pairs, prefixes, ALONE, tokens_per_batch)
+        results.append(gradients(model))
+    assert_gradients(results[0], results[1])
+    assert_gradients(results[0], results[2])
 
 
-def test_the_end_token_is_learnt_even_where_it_is_also_the_pad_token(model, tokenizer):
+def test_micro_batches_are_cut_by_the_length_of_prefix_prompt_and_answer(
+    model, pairs, prefixes, monkeypatch
+):
+    original = sft.micro_batches
+    calls = []
+
+    def micro_batches(lengths, max_tokens):
+        calls.append((lengths, max_tokens))
+        return original(lengths, max_tokens)
+
+    monkeypatch.setattr(sft, "micro_batches", micro_batches)
+    lm_step(model, pairs, prefixes, ALONE, 120)
+    lengths = []
+    for i, (prompt, answer) in enumerate(pairs):
+        lengths.append(2 * (i % 2) + len(prompt.ids) + len(answer))
+    assert calls == [(lengths, 120)]
+
+
+def test_the_end_token_is_learnt_even_where_it_is_also_the_pad_token(model):
     """Bug 1 of design.md: pad == EOS must not mask EOS out of the loss."""
-    rows = [([WORD_ID["calc"]], [WORD_ID["so"], WORD_ID[END]]), ([WORD_ID["calc"]] * 5, [WORD_ID["thus"]] * 4 + [WORD_ID[END]])]
+    short = (Prompt([WORD_ID["calc"]]), [WORD_ID["so"], WORD_ID[END]])
+    long = (Prompt([WORD_ID["calc"]] * 5), [WORD_ID["thus"]] * 4 + [WORD_ID[END]])
     model.config.pad_token_id = WORD_ID[END]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(15):
-        lm_step(model, rows, [None, None], ALONE)
+        lm_step(model, [short, long], [None, None], ALONE)
         optimizer.step()
         optimizer.zero_grad()
-    logits = model(input_ids=torch.tensor([[WORD_ID["calc"], WORD_ID["so"]]])).logits[0, -1]
-    assert logits.argmax().item() == WORD_ID[END]
+    ids = torch.tensor([[WORD_ID["calc"], WORD_ID["so"]]])
+    assert model(input_ids=ids).logits[0, -1].argmax().item() == WORD_ID[END]
 
 
-def test_every_rank_divides_by_the_answer_tokens_of_all_ranks(model, rows_and_prefixes, monkeypatch):
-    """Bug 3 of design.md: two ranks with uneven shares. Their gradients must add up to one rank's."""
-    rows, prefixes = rows_and_prefixes
-    lm_step(model, rows, prefixes, ALONE)
-    expected, count = gradients(model), sum(len(answer) for _, answer in rows)
+def test_every_rank_divides_by_the_answer_tokens_of_all_ranks(model, pairs, prefixes):
+    """Bug 3 of design.md: two ranks with uneven shares. Their gradients add up to one rank's."""
+    _, answer_tokens = lm_step(model, pairs, prefixes, ALONE)
+    expected = gradients(model)
     model.zero_grad()
-    for share in (slice(0, 3), slice(3, 8)):
-        rank = Ranks(0, 1, torch.device("cpu"))
-        rank.total = lambda values: [count]                 # what all_reduce would give
-        lm_step(model, rows[share], prefixes[share], rank)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(expected[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+    class OneOfTwo(Ranks):
+        def all_reduce_sum(self, numbers):
+            return [answer_tokens]
+
+    rank = OneOfTwo.alone()
+    lm_step(model, pairs[:3], prefixes[:3], rank)
+    lm_step(model, pairs[3:], prefixes[3:], rank)
+    assert_gradients(expected, gradients(model))
 
 
-def test_gradients_are_clipped_and_a_broken_one_stops_the_run(model):
-    for scale, moved in ((0.01, True), (100.0, True), (float("nan"), False)):
-        weight = torch.nn.Linear(1, 1, bias=False)
-        weight.weight.grad = torch.full((1, 1), scale)
-        before, optimizer = weight.weight.item(), torch.optim.SGD(weight.parameters(), lr=1.0)
-        if moved:
-            assert sft.apply_gradients(weight, [optimizer], ALONE) == pytest.approx(scale)
-            assert before - weight.weight.item() == pytest.approx(min(scale, 1.0), rel=1e-4)
-        else:
-            with pytest.raises(ValueError, match="not finite"):
-                sft.apply_gradients(weight, [optimizer], ALONE)
-            assert weight.weight.item() == before
+def test_answers_carry_their_end_token_and_long_prompts_are_left_out(tokenizer, reader):
+    trace = {"question": "calc 1 + 1 ?", "answer": "so 2"}
+    prompt, answer = answer_ids(trace, reader, "auto", 64)
+    assert tokenizer.decode(prompt.ids) == "<q> calc 1 + 1 ? <a>"
+    assert tokenizer.decode(answer) == "so 2 <end>"
+    assert answer_ids(trace, reader, "auto", 5) is None  # the prompt has 7 tokens
+    long = {**trace, "answer": "so 2 " * 20}
+    _, answer = answer_ids(long, reader, "auto", 20)
+    assert len(answer) == 20
+    assert answer[-1] != WORD_ID[END]  # it was cut: it does not end there
 
 
-def test_the_warm_up_draws_fresh_latents_and_fresh_traces_at_every_step(tmp_path, policy_folder, vae, traces, monkeypatch):
-    seen = []
-    monkeypatch.setattr(sft, "lm_step", lambda model, rows, prefixes, *_: seen.append((rows, prefixes)) or (1.0, 1))
-    monkeypatch.setattr(sft, "apply_gradients", lambda *_: 0.0)
-    warm(tmp_path, "r", policy_folder, vae, traces)
-    assert len(seen) == 5 and len({str(rows) for rows, _ in seen}) == 5
-    assert len({tuple(prefix.flatten().tolist()) for _, prefixes in seen for prefix in prefixes}) == 5 * 6
+class ByteTokenizer:
+    """One token a byte, and no chat template."""
+
+    chat_template = None
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": list(text.encode())}
 
 
-def test_answers_carry_their_end_token_and_over_long_prompts_are_left_out(tokenizer, traces):
-    prompt, answer = answer_ids({"question": "calc 1 + 1 ?", "answer": "so 2"}, tokenizer, "auto", 64)
-    assert tokenizer.decode(prompt) == "<q> calc 1 + 1 ? <a>" and tokenizer.decode(answer) == "so 2 <end>"
-    assert answer_ids({"question": "calc 1 + 1 ?", "answer": "so 2"}, tokenizer, "auto", 5) == (None, None)
-    assert answer_ids(traces[0], tokenizer, "auto", 20)[1][-1] != WORD_ID[END]
+def test_a_plain_prompt_and_its_answer_are_parted_by_a_space():
+    trace = {"question": "1 + 1 ?", "answer": "2"}
+    prompt, answer = answer_ids(trace, Reader(ByteTokenizer()), "auto", 64)
+    assert bytes(prompt.ids + answer[:-1]).decode() == "Question: 1 + 1 ?\nAnswer: 2"
+    assert answer[-1] == 0
 
 
-def warm_args(**changes):
-    return SimpleNamespace(**{**dict(steps=5, batch=6, lr=1e-3, seed=0, prompt="auto", max_tokens=64, tokens_per_batch=512,
-                                     precision="fp32", save_every=2, lr_schedule="constant", lr_warmup=0), **changes})
+# ---- The optimizer step --------------------------------------------------------------------------
 
 
-def warm(tmp_path, name, policy_folder, vae, traces, resume=False, stop_after=None):
-    """A warm-up run in tmp_path/name; stop_after: die after that many optimizer steps, as a kill would."""
-    model, tokenizer = sft.load_policy(str(policy_folder))
-    palette = Palette(vae, model.get_input_embeddings().weight.detach(), "prior", 1)
-    run = Run(tmp_path / name, {"seed": 0}, ALONE, resume=resume)
-    original, count = sft.apply_gradients, [0]
+@pytest.mark.parametrize("norm, step", [(0.01, 0.01), (100.0, 1.0)])
+def test_gradients_are_clipped_at_norm_1_and_cleared(norm, step):
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight.grad = torch.full((1, 1), norm)
+    before = linear.weight.item()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=1.0)
+    assert sft.apply_gradients(linear, [optimizer], ALONE) == pytest.approx(norm)
+    assert before - linear.weight.item() == pytest.approx(step, rel=1e-4)
+    assert linear.weight.grad is None
 
-    def dying(*arguments, **options):
-        if count[0] == stop_after:
+
+def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_whole():
+    linear = torch.nn.Linear(1, 1, bias=False)
+    linear.weight.grad = torch.full((1, 1), float("nan"))
+    before = linear.weight.item()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        sft.apply_gradients(linear, [optimizer], ALONE)
+    assert linear.weight.item() == before
+
+
+def test_checkpointing_runs_layers_again_and_changes_no_gradient(policy_folder, pairs):
+    """Our policies are in eval mode, in which transformers would ignore gradient checkpointing."""
+    results = {}
+    calls = {}
+    for checkpointing in (False, True):
+        config = settings(checkpointing=checkpointing)
+        model, _ = sft.load_trainable(str(policy_folder), ALONE, config)
+        calls[checkpointing] = 0
+
+        def count(*_, checkpointing=checkpointing):
+            calls[checkpointing] += 1
+
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(count)
+        lm_step(model, pairs, [None] * 8, ALONE)
+        results[checkpointing] = gradients(model)
+
+        for layer in model.model.layers:
+            modules = [module for module in layer.modules() if module is not layer]
+            assert not any(module.training for module in modules)
+    assert calls == {False: 2, True: 4}
+    assert_gradients(results[False], results[True])
+
+
+def test_seeds_are_fixed_and_distinct():
+    assert seed_of(0, "rollout", 1, 2) == 5822439037807486020
+    seeds = set()
+    for seed in range(5):
+        for step in range(20):
+            for row in range(20):
+                seeds.add(seed_of(seed, "rollout", step, row))
+    assert len(seeds) == 2000
+    assert min(seeds) >= 0
+
+
+def test_every_row_comes_once_an_epoch_in_an_order_of_its_own():
+    rows = list(range(10))
+    steps = [rows_of_step(rows, step, 5, seed=3) for step in range(4)]
+    first_epoch = steps[0] + steps[1]
+    second_epoch = steps[2] + steps[3]
+    assert sorted(first_epoch) == sorted(second_epoch) == rows
+    assert first_epoch != second_epoch
+    assert rows_of_step(rows, 1, 5, seed=3) == steps[1]  # no state between calls
+    assert rows_of_step(rows, 1, 5, seed=4) != steps[1]
+    assert len(rows_of_step(rows, 0, 25, seed=3)) == 25  # more than an epoch
+
+
+def test_replacements_are_the_other_rows_and_leave_the_epoch_as_it_is():
+    rows = list(range(12))
+    first = rows_of_step(rows, 0, 4, seed=3, extra=2)
+    second = rows_of_step(rows, 1, 4, seed=3, extra=2)
+    assert sorted(first) == sorted(second) == rows  # 4 + 2 x 4, none twice
+    assert first[:4] == rows_of_step(rows, 0, 4, seed=3)
+    assert first[4:] != second[4:]
+    assert len(rows_of_step(rows, 0, 12, seed=3, extra=1)) == 24  # no other left: asked again
+
+
+# ---- Metrics by name -----------------------------------------------------------------------------
+
+
+def test_metrics_are_means_by_name_over_all_guided_and_unguided_items():
+    sums = {}
+    one = {"tokens": torch.ones(3), "kl": torch.tensor([1.0, 2.0, 6.0])}
+    two = {"tokens": torch.ones(1), "kl": torch.tensor([7.0])}
+    sft.add_metrics(sums, one, [False, True, True])
+    sft.add_metrics(sums, two, [False])
+    assert sft.mean_metrics(sums, "tokens", ALONE) == {
+        "tokens": 4,
+        "tokens_guided": 2,
+        "tokens_unguided": 2,
+        "kl": 4.0,
+        "kl_guided": 4.0,
+        "kl_unguided": 4.0,
+    }
+
+
+def test_each_metric_keeps_its_own_values_wherever_it_stands():
+    """Two that are swapped in their order are not swapped in the file; a mean over none is None."""
+    values = {"reward": torch.tensor([1.0, 0.0]), "rollouts": torch.ones(2)}
+    values["stopped"] = torch.tensor([True, True])
+    sums = {}
+    sft.add_metrics(sums, values, [True, True])
+    row = sft.mean_metrics(sums, "rollouts", ALONE)
+    assert (row["reward"], row["stopped"], row["rollouts"]) == (0.5, 1.0, 2)
+    assert (row["reward_unguided"], row["rollouts_unguided"]) == (None, 0)
+
+
+def test_sums_are_in_double_precision():
+    sums = {}
+    for _ in range(3):
+        sft.add_metrics(sums, {"n": torch.ones(1), "x": torch.tensor([2.0**24 + 2])}, [True])
+    sft.add_metrics(sums, {"n": torch.ones(1), "x": torch.ones(1)}, [True])
+    assert sums["x"].tolist() == [0.0, 3 * 2.0**24 + 7]
+
+
+# ---- Exact resume --------------------------------------------------------------------------------
+
+
+def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None):
+    """A warm-up of five steps in a folder; stop_after: it dies after so many optimizer steps.
+
+    Returns the model, and the rows of metrics.jsonl without their times.
+    """
+    model, reader = load_policy(str(policy_folder))
+    palette = Palette(vae, table_of(model), "prior", 1)
+    config = settings()
+    pairs = pairs_of(traces, reader, config)
+    run = Run(folder, result_settings(config), ALONE, resume=resume)
+    original = sft.apply_gradients
+    steps = 0
+
+    def apply_gradients(*arguments):
+        nonlocal steps
+        if steps == stop_after:
             raise KeyboardInterrupt
-        count[0] += 1
-        return original(*arguments, **options)
+        steps += 1
+        return original(*arguments)
 
-    sft.apply_gradients = dying
-    try:
-        warmup(model, tokenizer, pairs_of(traces, tokenizer, warm_args(), ALONE), palette, run, warm_args())
-    finally:
-        sft.apply_gradients = original
-    return model, [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                   for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "apply_gradients", apply_gradients)
+        warm_up(model, reader, pairs, palette, run, config)
+    return model, metrics_of(folder)
+
+
+def metrics_of(folder):
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        row.pop("seconds", None)
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def undisturbed(tmp_path, policy_folder, vae, traces):
+    return warm(tmp_path / "undisturbed", policy_folder, vae, traces)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, policy_folder, vae, traces, stop_after):
-    whole, metrics = warm(tmp_path, "whole", policy_folder, vae, traces)
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
+    tmp_path, policy_folder, vae, traces, undisturbed, stop_after
+):
+    model, metrics = undisturbed
     with pytest.raises(KeyboardInterrupt):
-        warm(tmp_path, "torn", policy_folder, vae, traces, stop_after=stop_after)
-    resumed, resumed_metrics = warm(tmp_path, "torn", policy_folder, vae, traces, resume=True)
-    assert resumed_metrics == metrics and len(metrics) == 5
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        warm(tmp_path / "torn", policy_folder, vae, traces, stop_after=stop_after)
+    resumed, resumed_metrics = warm(tmp_path / "torn", policy_folder, vae, traces, resume=True)
+    assert len(metrics) == 5
+    assert resumed_metrics == metrics
+    assert_same_weights(model, resumed)
 
 
-def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, policy_folder, vae, traces, capsys):
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path, policy_folder, vae, traces, undisturbed, capsys
+):
     with pytest.raises(KeyboardInterrupt):
-        warm(tmp_path, "torn", policy_folder, vae, traces, stop_after=4)
-    newest = sorted((tmp_path / "torn").glob("checkpoint-*"))[-1]
-    assert newest.name == "checkpoint-000004"
-    (newest / "tensors.safetensors").write_bytes(b"torn")
-    resumed, metrics = warm(tmp_path, "torn", policy_folder, vae, traces, resume=True)
+        warm(tmp_path / "torn", policy_folder, vae, traces, stop_after=4)
+    newest = tmp_path / "torn" / "checkpoint-000004"
+    (newest / sft.tensor_file(0)).write_bytes(b"torn")
+    resumed, metrics = warm(tmp_path / "torn", policy_folder, vae, traces, resume=True)
     assert "checkpoint-000004 cannot be read" in capsys.readouterr().out
-    whole, expected = warm(tmp_path, "whole", policy_folder, vae, traces)
-    assert metrics == expected
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert metrics == undisturbed[1]
+    assert_same_weights(undisturbed[0], resumed)
 
 
-def test_a_run_without_a_readable_checkpoint_is_refused_and_keeps_what_it_has(tmp_path, model):
-    """As one that another version of this file has left: going back to step 0 would drop its metrics."""
-    run = Run(tmp_path / "r", {}, ALONE)
+def make_optimizers(model):
+    """Muon for matrices, AdamW for the rest, as the bases are pretrained."""
+    parameters = list(model.parameters())
+    matrices = [p for p in parameters if p.ndim == 2]
+    others = [p for p in parameters if p.ndim != 2]
+    return [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.01)]
+
+
+def test_moments_come_back_with_the_weights_to_their_own_optimizer(run, model):
+    """Bug 7 of design.md, to the bit."""
+    optimizers = make_optimizers(model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    sft.apply_gradients(model, optimizers, ALONE)
+    run.save(1, model, optimizers)
+    expected = sft.checkpoint_tensors(model, optimizers)
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+
+    for p in model.parameters():
+        p.data.fill_(float("nan"))
+    optimizers = make_optimizers(model)
+    assert run.restore(model, optimizers) == 1
+    restored = sft.checkpoint_tensors(model, optimizers)
+    assert restored.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(restored[name], tensor), name
+    moments = {name.rpartition(".")[2] for name in restored}
+    assert moments >= {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.01, 0.01]
+
+
+def test_the_warm_up_draws_fresh_traces_and_latents_at_every_step(
+    tmp_path, policy_folder, vae, traces, reader, monkeypatch
+):
+    """By their own seeds: row i of a step has the same on any number of ranks."""
+    batches = []
+    latents = []
+
+    def remember(model, pairs, prefixes, *_):
+        batches.append([prompt.ids + answer for prompt, answer in pairs])
+        latents.append(prefixes)
+        return 1.0, 1
+
+    monkeypatch.setattr(sft, "lm_step", remember)
+    monkeypatch.setattr(sft, "apply_gradients", lambda *_: 0.0)
+    model, _ = warm(tmp_path / "r", policy_folder, vae, traces)
+    assert len({str(batch) for batch in batches}) == 5
+    rows = [tuple(prefix.flatten().tolist()) for prefixes in latents for prefix in prefixes]
+    assert len(rows) == len(set(rows)) == 5 * 6
+    palette = Palette(vae, table_of(model), "prior", 1)
+    expected = palette.draw(seed_of(0, "sft prefix", 3, 2)).embeddings
+    assert torch.equal(latents[3][2], expected)
+    rng = random.Random(seed_of(0, "sft batch", 3))
+    batch = rng.choices(pairs_of(traces, reader, settings()), k=6)
+    assert batches[3] == [prompt.ids + answer for prompt, answer in batch]
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def test_only_the_two_newest_checkpoints_are_kept(run, model):
+    for step in (1, 2, 3):
+        run.save(step, model, [])
+    names = [path.name for path in run.checkpoints()]
+    assert names == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_run_without_a_readable_checkpoint_is_refused_and_keeps_what_it_has(run, model):
+    """As one that another version of this file has left: from step 0 its metrics would be lost."""
     run.log("metrics", {"step": 1})
     run.save(1, model, [])
-    (tmp_path / "r" / "checkpoint-000001" / "state.json").write_text('{"step": 1}')
-    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read here \('crc32'\).*--overwrite"):
+    (run.folder / "checkpoint-000001" / "state.json").write_text('{"step": 1}')
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read here \('crc32'\)"):
         run.restore(model, [])
-    assert (tmp_path / "r" / "metrics.jsonl").read_text() and len(run.checkpoints()) == 1
+    assert (run.folder / "metrics.jsonl").read_text()
+    assert len(run.checkpoints()) == 1
 
 
-def test_an_unreadable_checkpoint_is_not_kept_in_place_of_the_next_one(tmp_path, model):
-    run = Run(tmp_path / "r", {}, ALONE)
+def test_an_unreadable_checkpoint_is_not_kept_in_place_of_the_next_one(run, model):
     for step in (2, 4):
         run.save(step, model, [])
-    (tmp_path / "r" / "checkpoint-000004" / "state.json").write_text("torn")
-    run.restore(model, [])
-    run.save(3, model, [])                                  # --save-every may be another now
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
+    (run.folder / "checkpoint-000004" / "state.json").write_text("torn")
+    assert run.restore(model, []) == 2
+    run.save(3, model, [])  # --save-every may be another now
+    names = [path.name for path in run.checkpoints()]
+    assert names == ["checkpoint-000002", "checkpoint-000003"]
 
 
-def test_a_checkpoint_with_a_missing_or_changed_file_is_refused(tmp_path, model):
-    """Each rank writes a file: with one of them gone, its rows would be read as zeros. A lost page leaves zeros, too."""
-    run = Run(tmp_path / "r", {}, ALONE)
+def test_a_checkpoint_with_a_missing_or_changed_file_is_refused(run, model):
+    """A lost page leaves zeros, which are tensors as good as any: the checksum tells."""
     run.save(1, model, [])
-    path = tmp_path / "r" / "checkpoint-000001" / "tensors.safetensors"
-    saved = path.read_bytes()
+    path = run.folder / "checkpoint-000001" / sft.tensor_file(0)
+    content = path.read_bytes()
     path.unlink()
     with pytest.raises(ValueError, match="its files are not as they were saved"):
         sft.read_checkpoint(path.parent, model, [], ALONE)
-    for content in (saved[:-1], saved[:-8192] + bytes(4096) + saved[-4096:]):
-        path.write_bytes(content)
+    lost_page = content[:-8192] + bytes(4096) + content[-4096:]
+    for changed in (content[:-1], lost_page):
+        path.write_bytes(changed)
         with pytest.raises(ValueError, match="its files are not as they were saved"):
             sft.read_checkpoint(path.parent, model, [], ALONE)
-    path.write_bytes(saved)
-    assert sft.read_checkpoint(path.parent, model, [], ALONE)[1] == {"step": 1}
+    path.write_bytes(content)
+    assert sft.read_checkpoint(path.parent, model, [], ALONE) == 1
 
 
-@pytest.mark.parametrize("error, said", [(OSError(11, "Resource temporarily unavailable"), "[Errno 11]"), (MemoryError(), "MemoryError")])
-def test_a_checkpoint_that_cannot_be_read_now_is_set_aside_not_deleted(tmp_path, model, tokenizer, monkeypatch, capsys, error, said):
-    run, original = Run(tmp_path / "r", {}, ALONE), sft.read_checkpoint
+def test_a_checkpoint_of_another_model_is_refused(run, model):
+    run.save(1, model, [])
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(64))
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        run.restore(model, [])
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(11, "Resource temporarily unavailable"), "[Errno 11]"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_now_is_set_aside_not_deleted(
+    run, model, reader, monkeypatch, capsys, error, words
+):
+    original = sft.read_checkpoint
     for step in (1, 2):
         run.save(step, model, [])
 
-    def read(folder, *arguments):
+    def read_checkpoint(folder, *arguments):
         if folder.name == "checkpoint-000002":
             raise error
         return original(folder, *arguments)
 
-    monkeypatch.setattr(sft, "read_checkpoint", read)
-    assert run.restore(model, [])["step"] == 1
-    printed = capsys.readouterr().out
-    assert f"cannot be read ({said}" in printed and "is now" in printed
-    assert (tmp_path / "r" / "unreadable-checkpoint-000002" / "tensors.safetensors").is_file()
-    run.finish(model, tokenizer)
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "policy"]
+    monkeypatch.setattr(sft, "read_checkpoint", read_checkpoint)
+    assert run.restore(model, []) == 1
+    output = capsys.readouterr().out
+    assert f"cannot be read ({words}" in output
+    assert "is now" in output
+    aside = run.folder / "unreadable-checkpoint-000002"
+    assert (aside / sft.tensor_file(0)).is_file()
+    run.finish(model, reader)
+    assert names_in(run.folder) == ["config.json", "policy"]
 
 
-def test_before_the_first_checkpoint_a_former_best_is_not_kept(tmp_path, model, tokenizer):
-    run = Run(tmp_path / "r", {}, ALONE)
-    for step, score in enumerate((0.1, 0.2, 0.3)):          # a resumed run would begin anew, and make them again
-        run.keep_best(step, score, model, tokenizer)
-    assert best_steps(tmp_path / "r") == {"best": 2}
-
-
-def best_steps(folder):
-    return {path.name: json.loads((path / "best.json").read_text())["step"] for path in folder.glob("best*")}
-
-
-def test_the_best_policy_is_kept_and_is_what_it_was_at_the_step_that_a_run_resumes_from(tmp_path, model, tokenizer):
-    """Scores by step; checkpoints after steps 2, 4, 6. The earliest of equals is kept, with its own weights."""
-    scores, run = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.6, 6: 0.7, 7: 0.9}, Run(tmp_path / "r", {}, ALONE)
-    weight = model.model.norm.weight
-    for step, score in scores.items():
-        weight.data.fill_(step)
-        run.keep_best(step, score, model, tokenizer)
-        if step % 2 == 0:
-            run.save(step, model, [])
-    assert best_steps(tmp_path / "r") == {"best": 7, "best-000006": 6, "best-000005": 5, "best-000002": 2}
-    for newest, best, score in ((6, 6, 0.7), (4, 2, 0.5)):              # checkpoint 4, after 6 has been found torn
-        again = Run(tmp_path / "r", {}, ALONE, resume=True)
-        assert again.restore(model, [])["step"] == newest
-        assert best_steps(tmp_path / "r")["best"] == best == again.best["step"] and again.best["score"] == score
-        loaded, _ = sft.load_policy(str(tmp_path / "r" / "best"))
-        assert loaded.model.norm.weight.unique().tolist() == [best]
-        if newest == 6:
-            (tmp_path / "r" / "checkpoint-000006" / "tensors.safetensors").write_bytes(b"torn")
-    again.keep_best(5, 0.5, model, tokenizer)
-    assert again.best["step"] == 2
-    again.finish(model, tokenizer)
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["best", "config.json", "policy"]
-
-
-def test_checkpointing_runs_layers_again_and_changes_no_gradient(tmp_path, policy_folder, vae, traces):
-    """Our policies are in eval mode, in which transformers would silently ignore gradient checkpointing."""
-    found, calls = [], []
-    for checkpointing in (False, True):
-        model, tokenizer = sft.load_trainable(str(policy_folder), ALONE, warm_args(checkpointing=checkpointing))
-        for layer in model.model.layers:
-            layer.mlp.register_forward_pre_hook(lambda *_: calls.append(checkpointing))
-        rows = [answer_ids(trace, tokenizer, "auto", 64) for trace in traces[:8]]
-        lm_step(model, rows, [None] * 8, ALONE)
-        found.append(gradients(model))
-        assert not any(module.training for layer in model.model.layers for module in layer.modules() if module is not layer)
-    assert (calls.count(False), calls.count(True)) == (2, 4)
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], atol=1e-6, rtol=1e-6, msg=name)
-
-
-def test_the_learning_rate_is_a_function_of_the_step_alone():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    rate = lambda step, schedule, warmup: sft.set_learning_rate(optimizer, warm_args(steps=8, lr=2.0, lr_schedule=schedule,
-                                                                                     lr_warmup=warmup), step)
-    assert [rate(step, "constant", 3) for step in (0, 1, 3, 7)] == [0.5, 1.0, 2.0, 2.0]
-    assert [rate(step, "linear", 0) for step in (0, 4, 6)] == [2.0, 1.0, 0.5]
-    assert [rate(step, "cosine", 0) for step in (0, 4, 6)] == pytest.approx([2.0, 1.0, 1 - 0.5 ** 0.5])
-    assert optimizer.param_groups[0]["lr"] == rate(6, "cosine", 0)
-
-
-def test_run_folders_refuse_other_settings_and_unfinished_runs(tmp_path, model, tokenizer):
-    Run(tmp_path / "r", {"lr": 1.0}, ALONE)
-    with pytest.raises(ValueError, match="unfinished run: --resume"):
-        Run(tmp_path / "r", {"lr": 1.0}, ALONE)
-    with pytest.raises(ValueError, match=r"another lr \(was 1.0, now 2.0\)"):
-        Run(tmp_path / "r", {"lr": 2.0}, ALONE, resume=True)
-    run = Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
-    run.finish(model, tokenizer)
-    assert Run(tmp_path / "r", {"lr": 2.0}, ALONE).finished
-    loaded, _ = sft.load_policy(str(tmp_path / "r"))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
-
-
-def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, model, tokenizer):
-    run = Run(tmp_path / "r", {"lr": 1.0}, ALONE)
-    run.save(1, model, [])
-    run.log("metrics", {"step": 1})
-    (tmp_path / "r" / "mine.txt").write_text("precious")
-    Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "mine.txt"]
-
-
-def test_a_kill_while_overwriting_leaves_no_checkpoint_to_a_run_of_other_settings(tmp_path, model, monkeypatch):
-    Run(tmp_path / "r", {"lr": 1.0}, ALONE).save(1, model, [])
-    monkeypatch.setattr(sft.shutil, "rmtree", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
-    with pytest.raises(ValueError, match="another lr"):
-        Run(tmp_path / "r", {"lr": 2.0}, ALONE, resume=True)
-
-
-def test_overwriting_leaves_nothing_of_the_run_before(tmp_path, model, tokenizer):
-    run = Run(tmp_path / "r", {"lr": 1.0}, ALONE)
-    run.log("metrics", {"step": 1})
-    run.keep_best(1, 0.5, model, tokenizer)
-    run.save(1, model, [])
-    run.finish(model, tokenizer)
-    (tmp_path / "r" / "notes.txt").write_text("of the user")
-    Run(tmp_path / "r", {"lr": 2.0}, ALONE, overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "notes.txt"]
-
-
-def test_what_a_kill_between_the_policy_and_the_tidying_leaves_is_tidied_later(tmp_path, model, tokenizer, monkeypatch):
-    run = Run(tmp_path / "r", {}, ALONE)
-    run.save(1, model, [])
-    monkeypatch.setattr(Run, "tidy", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        run.finish(model, tokenizer)
-    monkeypatch.undo()
-    (tmp_path / "r" / ".checkpoint-000002.tmp").mkdir()
-    assert Run(tmp_path / "r", {}, ALONE).finished
-    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["config.json", "policy"]
-
-
-def test_a_half_filled_folder_is_no_checkpoint(tmp_path, model):
-    run = Run(tmp_path / "r", {}, ALONE)
+def test_a_half_filled_folder_is_no_checkpoint(run, model):
     run.save(1, model, [])
     with pytest.raises(KeyboardInterrupt), run.new_folder("checkpoint-000002") as folder:
-        assert folder.exists() and [path.name for path in run.checkpoints()] == ["checkpoint-000001"]
+        assert folder.exists()
+        assert [path.name for path in run.checkpoints()] == ["checkpoint-000001"]
         raise KeyboardInterrupt
-    assert not folder.exists() and run.restore(model, [])["step"] == 1
+    assert not folder.exists()
+    assert run.restore(model, []) == 1
 
 
-def test_a_torn_last_line_is_dropped_on_resume(tmp_path, model, tokenizer):
-    run = Run(tmp_path / "r", {}, ALONE)
+def test_a_save_that_fails_leaves_the_old_one_and_no_debris(run, model, monkeypatch):
+    run.save(1, model, [])
+
+    def write_tensors(folder, *_):
+        (folder / "half").write_text("torn")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sft, "write_tensors", write_tensors)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(2, model, [])
+    assert names_in(run.folder) == ["checkpoint-000001", "config.json"]
+
+
+def test_a_full_disk_is_an_oserror(run, model, monkeypatch):
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def write_data(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
+    with pytest.raises(OSError, match="No space left on device"):
+        run.save(1, model, [])
+
+
+def test_a_torn_last_line_is_dropped_on_resume(run, model):
     run.log("metrics", {"step": 1}, {"step": 2})
     run.save(2, model, [])
-    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+    with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "completion": "\\boxed{5}')
-    (tmp_path / "r" / "traces.jsonl").write_text('{"question": "not a metric"}\n')
-    assert run.restore(model, [])["step"] == 2
-    assert (tmp_path / "r" / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert (tmp_path / "r" / "traces.jsonl").read_text() == '{"question": "not a metric"}\n'
+    (run.folder / "traces.jsonl").write_text('{"question": "not a metric"}\n')
+    assert run.restore(model, []) == 2
+    assert (run.folder / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (run.folder / "traces.jsonl").read_text() == '{"question": "not a metric"}\n'
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_with_empty_logs(run, model):
+    run.log("metrics", {"step": 0}, {"step": 1})
+    assert run.restore(model, []) == 0
+    assert (run.folder / "metrics.jsonl").read_text() == ""
+
+
+# ---- The best policy -----------------------------------------------------------------------------
+
+
+def best_of(run):
+    """(step, score, the weight of the final norm) of best/."""
+    best = json.loads((run.folder / "best" / "best.json").read_text())
+    model, _ = load_policy(str(run.folder / "best"))
+    (weight,) = model.model.norm.weight.unique().tolist()
+    return best["step"], best["score"], weight
+
+
+def reach(run, model, reader, step, score):
+    model.model.norm.weight.data.fill_(step)
+    run.keep_best(step, score, model, reader)
+
+
+def test_the_best_policy_is_kept_the_earliest_of_equals(run, model, reader):
+    for step, score in enumerate((0.2, 0.5, 0.5, 0.4), start=1):
+        reach(run, model, reader, step, score)
+    assert best_of(run) == (2, 0.5, 2)
+    run.finish(model, reader)
+    assert names_in(run.folder) == ["best", "config.json", "policy"]
+
+
+def test_a_resumed_run_ends_with_the_best_policy_of_an_undisturbed_one(run, model, reader):
+    """A best/ of a later step than the checkpoint stays: the repeat reaches the same score."""
+    scores = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.6, 6: 0.7}
+    for step in (1, 2, 3, 4):
+        reach(run, model, reader, step, scores[step])
+        if step == 2:
+            run.save(step, model, [])
+    again = Run(run.folder, {"lr": 1.0}, ALONE, resume=True)
+    assert again.restore(model, []) == 2
+    assert best_of(again) == (4, 0.6, 4)
+    for step in (3, 4, 5):
+        reach(again, model, reader, step, scores[step])
+        assert best_of(again) == (4, 0.6, 4)
+    reach(again, model, reader, 6, scores[6])
+    assert best_of(again) == (6, 0.7, 6)
+
+
+def test_a_best_policy_that_a_kill_took_away_is_made_again(run, model, reader):
+    reach(run, model, reader, 2, 0.5)
+    run.save(2, model, [])
+    shutil.rmtree(run.folder / "best")  # between its two names, at step 3
+    again = Run(run.folder, {"lr": 1.0}, ALONE, resume=True)
+    again.restore(model, [])
+    reach(again, model, reader, 3, 0.6)
+    assert best_of(again) == (3, 0.6, 3)
+
+
+# ---- Run folders ---------------------------------------------------------------------------------
+
+
+def test_run_folders_refuse_other_settings_and_unfinished_runs(run, model, reader):
+    with pytest.raises(ValueError, match="unfinished run: --resume"):
+        Run(run.folder, {"lr": 1.0}, ALONE)
+    with pytest.raises(ValueError, match=r"another lr \(was 1.0, now 2.0\)"):
+        Run(run.folder, {"lr": 2.0}, ALONE, resume=True)
+    assert not sft.is_finished(run.folder, {"lr": 1.0}, resume=True)
+    run.finish(model, reader)
+    assert sft.is_finished(run.folder, {"lr": 1.0})
+    assert Run(run.folder, {"lr": 1.0}, ALONE).finished
+    loaded, _ = load_policy(str(run.folder))
+    assert_same_weights(loaded, model)
+
+
+def test_a_folder_without_a_run_is_not_finished(tmp_path):
+    assert not sft.is_finished(tmp_path / "nothing", {})
+
+
+def test_overwrite_removes_what_a_run_wrote_and_nothing_else(run, model):
+    run.save(1, model, [])
+    run.log("metrics", {"step": 1})
+    run.log("samples", {"step": 1})
+    (run.folder / "mine.jsonl").write_text("precious")
+    Run(run.folder, {"lr": 2.0}, ALONE, overwrite=True)
+    assert names_in(run.folder) == ["config.json", "mine.jsonl"]
+    assert json.loads((run.folder / "config.json").read_text()) == {"lr": 2.0}
+
+
+def test_overwrite_keeps_the_old_policies_until_the_new_run_is_finished(run, model, reader):
+    reach(run, model, reader, 1, 0.9)
+    run.finish(model, reader)
+    for lr in (2.0, 3.0):  # the second overwrites a run that did not get far
+        again = Run(run.folder, {"lr": lr}, ALONE, overwrite=True)
+        assert names_in(run.folder) == ["config.json", "old-best", "old-policy"]
+        old, _ = load_policy(str(run.folder / "old-policy"))
+        assert_same_weights(old, model)
+        assert not again.finished
+    assert again.restore(model, []) == 0
+    reach(again, model, reader, 1, 0.1)  # the old run's score is none of the new one's
+    assert best_of(again)[1] == 0.1
+    again.finish(model, reader)
+    assert names_in(run.folder) == ["best", "config.json", "policy"]
+
+
+def test_a_kill_while_overwriting_leaves_no_checkpoint_to_other_settings(run, model, monkeypatch):
+    run.save(1, model, [])
+
+    def rmtree(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft.shutil, "rmtree", rmtree)
+    with pytest.raises(KeyboardInterrupt):
+        Run(run.folder, {"lr": 2.0}, ALONE, overwrite=True)
+    with pytest.raises(ValueError, match="another lr"):
+        Run(run.folder, {"lr": 2.0}, ALONE, resume=True)
+
+
+def test_what_a_kill_between_the_policy_and_the_tidying_leaves_is_tidied_later(
+    run, model, reader, monkeypatch
+):
+    run.save(1, model, [])
+
+    def tidy(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "tidy", tidy)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish(model, reader)
+    monkeypatch.undo()
+    (run.folder / ".checkpoint-000002.tmp").mkdir()
+    assert Run(run.folder, {"lr": 1.0}, ALONE).finished
+    assert names_in(run.folder) == ["config.json", "policy"]
+
+
+def test_only_rank_0_writes(tmp_path):
+    class SecondRank(Ranks):
+        def wait(self):
+            pass
+
+    run = Run(tmp_path / "r", {}, SecondRank(1, 2, torch.device("cpu")))
+    run.log("metrics", {"step": 1})
+    assert not (tmp_path / "r").exists()
+
+
+# ---- Settings, and the whole stage ---------------------------------------------------------------
 
 
 def test_fsdp_without_ranks_is_refused():
-    with pytest.raises(ValueError, match="--fsdp shards over several ranks: start them with torchrun"):
+    with pytest.raises(ValueError, match="--fsdp shards over several ranks: start them with"):
         Ranks.start("cpu", fsdp=True)
 
 
@@ -368,100 +715,148 @@ def test_an_unusable_device_is_one_sentence():
         Ranks.start("banana")
 
 
-def test_a_save_that_fails_leaves_the_old_one_and_no_debris(tmp_path, model, tokenizer, monkeypatch):
-    run = Run(tmp_path / "r", {}, ALONE)
-    run.save(1, model, [])
-    monkeypatch.setattr(sft, "save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        run.save(2, model, [])
-    assert [path.name for path in (tmp_path / "r").iterdir() if path.is_dir()] == ["checkpoint-000001"]
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 0}, "--steps must be at least 1, not 0"),
+        ({"batch": -3}, "--batch must be at least 1, not -3"),
+        ({"lr": float("nan")}, "--lr must be at least 0.*nan"),
+        ({"length": -1}, "--length must be at least 0, not -1"),
+        ({"tokens_per_batch": 0}, "--tokens-per-batch must be at least 1, not 0"),
+        ({"save_every": 0}, "--save-every must be at least 1, not 0"),
+        ({"precision": "fp8"}, "--precision must be one of fp32, bf16, not 'fp8'"),
+        ({"traces": None}, "--traces is needed"),
+        ({"vae": None}, "--vae is needed for prefixes from 'prior'"),
+        ({"out": None}, "--out is needed"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path, model, tokenizer):
-    run = Run(tmp_path / "r", {}, ALONE, keep=2)
-    for step in (1, 2, 3):
-        run.save(step, model, [])
-    assert [path.name for path in run.checkpoints()] == ["checkpoint-000002", "checkpoint-000003"]
+def test_the_settings_that_a_world_fills_in():
+    config = SFTConfig()
+    assert (config.vae, config.out) == ("runs/tiny/vae", "runs/tiny/sft")
+    assert (config.traces, config.limit) == (["runs/tiny/base/traces.jsonl"], 10**9)
+    assert (config.steps, config.batch, config.lr) == (10, 64, 3e-6)
+    baseline = SFTConfig(source="none")
+    assert baseline.out == "runs/tiny/sft-none"
+    real = settings(lr=None, vae=None, source="noise")
+    assert (real.lr, real.limit) == (1e-5, 2000)
 
 
-def test_seeds_are_fixed_and_distinct():
-    assert seed_of(0, "rollout", 1, 2) == seed_of(0, "rollout", 1, 2) >= 0
-    assert len({seed_of(s, "rollout", a, b) for s in range(5) for a in range(20) for b in range(20)}) == 2000
+def test_settings_that_change_no_result_are_not_kept():
+    kept = result_settings(settings())
+    assert kept == result_settings(
+        settings(
+            out="elsewhere",
+            device="cuda",
+            fsdp=True,
+            checkpointing=True,
+            tokens_per_batch=9,
+            save_every=9,
+            resume=True,
+            overwrite=True,
+        )
+    )
+    assert kept != result_settings(settings(precision="bf16"))
 
 
-def test_tiny_documents_weigh_what_is_to_be_learnt(model, tokenizer):
-    table = model.get_input_embeddings().weight.detach()
-    ids, embeddings, weights, positions = tiny_batch(0, 0, 16, 80, model, tokenizer)
-    assert ids.shape == weights.shape == (16, 80) and embeddings.shape == (16, 80, 128) and positions is None
-    assert torch.equal(ids, tiny_batch(0, 0, 16, 80, model, tokenizer)[0])
-    assert not torch.equal(ids, tiny_batch(0, 1, 16, 80, model, tokenizer)[0])
-    for row, weight in zip(ids.tolist(), weights.tolist()):
-        words = [TINY_VOCABULARY[i] for i in row]
-        inside = False
-        first = words.index(QUESTION)
-        for position, (word, value) in enumerate(zip(words, weight)):
-            if word == QUESTION:
-                assert position == first or value == 1.0    # that a question follows is learnt (after a title: either)
-                inside = True
-            elif inside:
-                assert value == 0.0, (word, position)       # question words and <a>
-                inside = word != ANSWER
-            elif position > first:
-                assert value == 1.0, (word, position)
-    changed = (embeddings != table[ids]).any(-1)
-    assert changed.any() and not changed[:, 8:].any()       # soft rows stand in titles only
-    rng = random.Random(seed_of(0, "document", 0))
-    for row, (_, _, soft) in zip(embeddings, [tiny_document(rng, 80) for _ in range(16)]):
-        for position, bag in soft.items():
-            mean = sum(table[WORD_ID[word]] for word in bag) / len(bag)
-            torch.testing.assert_close(row[position], mean)
-
-
-def test_the_tiny_base_is_an_ordinary_folder_and_resumes_exactly(tmp_path, capsys, monkeypatch):
-    whole = sft.pretrain(tmp_path / "whole", steps=4, batch=4, save_every=2)
-    original = sft.apply_gradients
-    calls = []
-    monkeypatch.setattr(sft, "apply_gradients", lambda *a: (calls.append(0), original(*a))[1] if len(calls) < 3 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        sft.pretrain(tmp_path / "torn", steps=4, batch=4, save_every=2)
-    monkeypatch.setattr(sft, "apply_gradients", original)
-    torn = sft.pretrain(tmp_path / "torn", steps=4, batch=4, save_every=2, resume=True)
-    (a, tokenizer), (b, _) = (sft.load_policy(str(run.folder)) for run in (whole, torn))
-    assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
-    assert tokenizer.pad_token == PAD and a.generation_config.eos_token_id == WORD_ID[END]
-    assert "opens in style math" in capsys.readouterr().out
-    assert len((whole.folder / "traces.jsonl").read_text().splitlines()) == 3000
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--steps", "0"], "--steps: must be at least 1, not 0"), (["--batch", "-3"], "--batch: must be at least 1, not -3"),
-    (["--model", "some/model"], "--traces is needed"), (["--lr", "nan"], "--lr: must be at least 0 and finite, not nan"),
-    (["--lr-warmup", "-1"], "--lr-warmup: must be at least 0, not -1"), (["--length", "-1"], "--length: must be at least 0, not -1"),
-    (["--batch", "0"], "--batch: must be at least 1, not 0"), (["pretrain", "--lr", "5"], "--lr is of warmup: pretrain does not read"),
-    (["pretrain", "--traces", "x"], "--traces is of warmup"), (["pretrain", "--model", "x"], "pretrain makes tiny or tiny-vl, not x"),
-])
-def test_bad_flags_end_with_one_sentence(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sft.main(argv)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_domain_of_the_vae_that_is_there_may_be_a_prefix(tmp_path, monkeypatch):
+def test_a_world_s_base_and_vae_are_made_once_by_rank_0(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(sft, "find_model", made.append)
+    monkeypatch.setattr(sft.vae_file, "train", made.append)
+
+    class SecondRank(Ranks):
+        def wait(self):
+            pass
+
+    for ranks in (ALONE, SecondRank(1, 2, torch.device("cpu"))):
+        config = sft.make_missing(SFTConfig(), ranks)
+        assert config.model == "runs/tiny/base"  # as grpo.py names it, too
+        assert config.out == "runs/tiny/sft"
+    world, vae_config = made
+    assert world == "tiny"
+    assert vae_config.model == "runs/tiny/base"
+    assert vae_config.traces == ["runs/tiny/base/traces.jsonl"]
+    assert (vae_config.limit, vae_config.out) == (10**9, "runs/tiny/vae")
+
+    made.clear()
+    sft.make_missing(SFTConfig(source="none"), ALONE)
+    assert made == ["tiny"]  # without prefixes there is no need of a VAE
+
+
+def test_a_domain_of_the_vae_that_is_there_may_be_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "find_model", str)
+    config = SFTConfig(source="poetry")
     with pytest.raises(ValueError, match="unknown prefix source 'poetry'"):
-        sft.parse_args(["--prefix", "poetry"])
-    (tmp_path / "runs" / "tiny" / "vae").mkdir(parents=True)                # made by vae.py from traces of one's own
-    assert sft.parse_args(["--prefix", "poetry"]).prefix == "poetry"
+        sft.make_missing(config, ALONE)
+    folder = tmp_path / "runs" / "tiny" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")  # made by vae.py from traces of one's own
+    assert sft.make_missing(config, ALONE).source == "poetry"
 
 
-def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(tmp_path, monkeypatch, policy_folder):
+TRACE = '{"question": "calc 1 + 1 ?", "answer": "so 2", "domain": "math"}\n'
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--source poetry", "unknown prefix source 'poetry'"),
+        ("--traces x.jsonl", "no such file: x.jsonl"),
+        ("--traces torn.jsonl", "torn.jsonl, line 1: not JSON"),
+        ("--source none --max-tokens 3 --model POLICY", "over --max-tokens 3: raise it"),
+        ("--source poetry --model POLICY --vae VAE", "unknown prefix source 'poetry'"),
+        ("--model POLICY --vae nowhere", "no VAE in nowhere"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_made(
+    tmp_path, monkeypatch, policy_folder, vae, flags, message
+):
+    vae.save(tmp_path / "vae")
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "traces.jsonl").write_text(TRACE)
+    (folder / "torn.jsonl").write_text('{"question": "calc')
+    monkeypatch.chdir(folder)
+    if "--model" in flags:
+        flags += " --traces traces.jsonl --out run"
+    flags = flags.replace("POLICY", str(policy_folder)).replace("VAE", str(tmp_path / "vae"))
+    with pytest.raises(ValueError, match=message):
+        sft.main([*flags.split(), "--device", "cpu"])
+    assert names_in(folder) == ["torn.jsonl", "traces.jsonl"]
+
+
+def test_an_unknown_source_is_refused_before_the_model_is_loaded(tmp_path, vae, monkeypatch):
+    vae.save(tmp_path / "vae")
+    (tmp_path / "traces.jsonl").write_text(TRACE)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "traces.jsonl").write_text('{"question": "calc 1 + 1 ?", "answer": "so 2", "domain": "math"}\n')
-    (tmp_path / "torn.jsonl").write_text('{"question": "calc')
-    for argv, message in ((["--prefix", "poetry"], "unknown prefix source 'poetry'"), (["--traces", "x.jsonl"], "no such file: x.jsonl"),
-                          (["--traces", "torn.jsonl"], "torn.jsonl, line 1: not JSON"),
-                          (["--model", str(policy_folder), "--traces", "traces.jsonl", "--prefix", "none", "--max-tokens", "3"],
-                           "over --max-tokens 3: raise it")):
-        with pytest.raises(ValueError, match=message):
-            sft.main([*argv, "--device", "cpu"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["torn.jsonl", "traces.jsonl"]
+    config = settings(source="poetry", vae="vae", traces=["traces.jsonl"], device="cpu")
+    with pytest.raises(ValueError, match="unknown prefix source 'poetry'"):
+        sft.train(config)  # its model "m" is nowhere
+
+
+def test_the_whole_stage_trains_once_and_keeps_what_it_is_made_of(
+    tmp_path, policy_folder, vae, capsys
+):
+    vae.save(tmp_path / "vae")
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text(TRACE * 4)
+    changes = {"model": str(policy_folder), "vae": str(tmp_path / "vae"), "traces": [str(traces)]}
+    config = settings(**changes, out=str(tmp_path / "run"), device="cpu", steps=2)
+    run = sft.train(config)
+    assert len(metrics_of(run.folder)) == 2
+    kept = json.loads((run.folder / "config.json").read_text())
+    assert (kept["source"], kept["length"], kept["lr"]) == ("prior", 1, 1e-3)
+
+    weights = (run.folder / "policy" / "model.safetensors").read_bytes()
+    before = (policy_folder / "model.safetensors").read_bytes()
+    assert weights != before
+    sft.train(config)  # finished: left as it is
+    assert len(metrics_of(run.folder)) == 2
+    with pytest.raises(ValueError, match="with another steps"):
+        sft.train(settings(**changes, out=str(tmp_path / "run"), device="cpu", steps=3))

@@ -1,238 +1,230 @@
-"""The vision-language variant: images, positions, decoder and log-probs against plain transformers, tasks, the prefix decoder.
+"""Vision-language models: pictures, positions, decoder and log-probs against plain transformers,
+grounding tasks, the GPT prefix decoder, the whole path.
 
-Random small models, nothing is pretrained or downloaded; about 15 s on one core.
+Random small models, nothing is pretrained or downloaded; about 30 s on one core.
 """
+
 import json
-import random
+from pathlib import Path
 from types import SimpleNamespace
 
+import bench_tiny_vl
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration)
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import prefix as prefix_module
-from prefix import Decoder, Palette, Prompt, Sampling, completion_logprobs, load_policy, prompt_of, rope_positions
-from rewards import (VL_STYLES, GroundingTask, box_iou, load_task, parse_box, tiny_scene, tiny_scene_answer, tiny_scene_style,
-                     tiny_scene_traces)
-from sft import (Ranks, apply_gradients, lm_step, load_reference, load_trainable, make_optimizer, tiny_vl_model, tiny_vl_processor)
-from vae import VAE, GPTDecoder, Processor, load_traces, mean_pool, open_image, pool_parts, see_images, train_vae
+import drawn_scenes
+import grpo
+import tiny_world
+from prefix import (
+    Decoder,
+    Palette,
+    Prompt,
+    Sampling,
+    completion_logprobs,
+    embed_rows,
+    generate_plainly,
+    load_policy,
+    prompt_of,
+    rotary_positions,
+)
+from rewards import load_task, parse_box
+from sft import Ranks, apply_gradients, lm_step, load_reference, load_trainable, make_optimizer
+from vae import (
+    VAE,
+    GPTDecoder,
+    Reader,
+    VAEConfig,
+    load_reader,
+    load_traces,
+    mean_pool,
+    open_image,
+    pool_parts,
+    see_images,
+    train_vae,
+)
 
-IMAGE_TOKEN, START, STOP, EOS, WIDTH = 5, 3, 4, (2, *range(12, 80, 7)), 64
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY_SIZE, WIDTH = 80, 64
+VISION_START, VISION_END, IMAGE_TOKEN = 3, 4, 5
+END_TOKENS = [2, *range(12, VOCABULARY_SIZE, 7)]  # many: random completions end at many lengths
+NAMES = ["qwen2_5_vl", "qwen2_vl"]
 
 
 def build(name="qwen2_5_vl"):
     """A random model in which biases, norms and each of the three position axes matter."""
     torch.manual_seed(0)
-    text = dict(vocab_size=80, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=list(EOS), pad_token_id=0,
-                initializer_range=0.15,
-                rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[2, 3, 3]))
-    tokens = dict(image_token_id=IMAGE_TOKEN, video_token_id=6, vision_start_token_id=START, vision_end_token_id=STOP)
+    text = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": WIDTH,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": None,
+        "eos_token_id": END_TOKENS,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 100.0,
+            "mrope_section": [2, 3, 3],
+        },
+    }
+    tokens = {
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": 6,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+    }
+    vision = {"num_heads": 2, "patch_size": 7, "temporal_patch_size": 2}
     if name == "qwen2_vl":
-        vision = dict(depth=1, embed_dim=32, hidden_size=WIDTH, num_heads=2, mlp_ratio=2, patch_size=7, temporal_patch_size=2)
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens))
+        vision |= {"depth": 1, "embed_dim": 32, "hidden_size": WIDTH, "mlp_ratio": 2}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+        model = Qwen2VLForConditionalGeneration(config)
     else:
-        vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=7, temporal_patch_size=2,
-                      window_size=28, fullatt_block_indexes=[1], out_hidden_size=WIDTH, initializer_range=0.15)
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens))
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn_like(p) if p.dim() == 1 else 0
+        vision |= {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": WIDTH}
+        vision |= {"window_size": 28, "fullatt_block_indexes": [1], "initializer_range": 0.15}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
 
-def processor():
-    return Processor(None, patch_size=7, temporal_patch_size=2, size=dict(shortest_edge=196, longest_edge=50176))
+def small_reader():
+    bounds = {"shortest_edge": 196, "longest_edge": 50176}
+    return Reader(None, Qwen2VLImageProcessorPil(patch_size=7, temporal_patch_size=2, size=bounds))
 
 
 def picture(width, height, seed=0):
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8))
+    pixels = np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
-def rows(sizes=((56, 56), (84, 28), None, (28, 70), (14, 14))):
-    """Prompts with images of several sizes (and one without), text before and behind; every other row has a prefix."""
-    rng, read = torch.Generator().manual_seed(1), processor().read
-    images = [None if size is None else read(picture(*size, seed=i)) for i, size in enumerate(sizes)]
-    word = lambda n: torch.randint(12, 80, (n,), generator=rng).tolist()
-    visual = lambda image: [START] + [IMAGE_TOKEN] * (image.grid[1] * image.grid[2] // 4) + [STOP] if image else []
-    prompts = [word(1 + i) + visual(image) + word(5 - i) for i, image in enumerate(images)]
-    prefixes = [0.5 * torch.randn(3 + i, WIDTH, generator=rng) if i % 2 else None for i in range(len(sizes))]
-    return [Prompt(prompt, image) for prompt, image in zip(prompts, images)], prefixes, images
+SIZES = [(56, 56), (84, 28), None, (28, 70), (14, 14)]  # of the pictures; one prompt has none
 
 
-def reference(model, prompt, prefix, image, completion=()):
+def make_prompts():
+    """Prompts with pictures of several sizes, and words before and behind them."""
+    rng = torch.Generator().manual_seed(1)
+    reader = small_reader()
+    prompts = []
+    for i, size in enumerate(SIZES):
+        before = torch.randint(12, VOCABULARY_SIZE, (1 + i,), generator=rng).tolist()
+        behind = torch.randint(12, VOCABULARY_SIZE, (5 - i,), generator=rng).tolist()
+        if size is None:
+            prompts.append(Prompt(before + behind))
+            continue
+        image = reader.read_image(picture(*size, seed=i))
+        visual = [IMAGE_TOKEN] * (len(image.patches) // 4)
+        ids = [*before, VISION_START, *visual, VISION_END, *behind]
+        prompts.append(Prompt(ids, image))
+    return prompts
+
+
+def make_prefixes():
+    """A prefix of its own length for every other prompt."""
+    rng = torch.Generator().manual_seed(2)
+    prefixes = []
+    for i in range(len(SIZES)):
+        if i % 2 == 1:
+            prefixes.append(0.5 * torch.randn(3 + i, WIDTH, generator=rng))
+        else:
+            prefixes.append(None)
+    return prefixes
+
+
+def reference_inputs(model, prompt, prefix, completion=()):
     """(embeddings [1, T, d], positions [3, 1, T]) of one row, through transformers' own calls."""
-    ids, n = torch.tensor([[*prompt, *completion]]), 0 if prefix is None else len(prefix)
-    visual = (ids == IMAGE_TOKEN) & (torch.arange(ids.shape[1]) < len(prompt))          # one that the model writes is just a word
-    grid = None if image is None else torch.tensor([image.grid])
+    ids = torch.tensor([[*prompt.ids, *completion]])  # [1, T - L]
+    in_prompt = torch.arange(ids.shape[1]) < len(prompt.ids)
+    is_visual = (ids == IMAGE_TOKEN) & in_prompt  # one that the model writes is just a word
     x = model.get_input_embeddings()(ids)
-    if image is not None:
-        seen = torch.cat(list(model.model.get_image_features(image.patches, grid).pooler_output))
-        x = x.masked_scatter(visual[:, :, None], seen)
-    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=visual.int(), image_grid_thw=grid,
-                                              attention_mask=torch.ones_like(ids))
-    before = torch.arange(n).expand(3, 1, n)
-    return torch.cat([x if prefix is None else torch.cat([prefix[None], x], 1)], 1), torch.cat([before, positions + n], 2)
+    grid = None
+    if prompt.image is not None:
+        grid = torch.tensor([prompt.image.grid])
+        features = model.model.get_image_features(prompt.image.patches, grid)
+        x = x.masked_scatter(is_visual[:, :, None], torch.cat(list(features.pooler_output)))
+    positions, _ = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=is_visual.int(),
+        image_grid_thw=grid,
+        attention_mask=torch.ones_like(ids),
+    )
+    if prefix is None:
+        return x, positions
+    length = len(prefix)
+    before = torch.arange(length).expand(3, 1, length)
+    return torch.cat([prefix[None], x], 1), torch.cat([before, positions + length], 2)
 
 
-# ---- images -------------------------------------------------------------------------------------------------------------
+# ---- pictures -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(patch_size=7, temporal_patch_size=1, size=dict(shortest_edge=196, longest_edge=50176)),
-    dict(size=dict(shortest_edge=3136, longest_edge=6000), image_mean=[0.5] * 3, image_std=[0.4] * 3)])
-def test_pixels_are_those_of_transformers_pil_processor(settings):
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    theirs, ours = Qwen2VLImageProcessorPil(**settings), Processor(None, **settings)
+HUB_SETTINGS = {  # of Qwen2.5-VL's preprocessor_config.json, as it is on the hub
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+
+
+@pytest.fixture(scope="module")
+def settings_folder(tmp_path_factory):
+    """A model folder without weights, to which a test adds a preprocessor_config.json."""
+    folder = tmp_path_factory.mktemp("settings")
+    drawn_scenes.make_model().config.save_pretrained(folder)
+    tiny_world.make_tokenizer(drawn_scenes.VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"patch_size": 7, "temporal_patch_size": 1, "min_pixels": 196, "max_pixels": 50176},
+        {"max_pixels": 6000, "image_mean": [0.5] * 3, "image_std": [0.4] * 3},
+    ],
+)
+def test_pictures_go_through_transformers_pillow_processor(settings_folder, changes):
+    settings = {**HUB_SETTINGS, **changes}
+    (settings_folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    reader = load_reader(str(settings_folder))
+    del settings["image_processor_type"], settings["processor_class"]
+    theirs = Qwen2VLImageProcessorPil(**settings)
     for i, size in enumerate([(56, 56), (61, 47), (28, 28), (300, 90), (200, 210)]):
         image = picture(*size, seed=i)
-        expected, got = theirs(images=image, return_tensors="pt"), ours.read(image)
-        assert expected["image_grid_thw"].tolist() == [list(got.grid)]
-        assert torch.equal(expected["pixel_values"], got.patches)
+        expected = theirs(images=image, return_tensors="pt")
+        pixels = reader.read_image(image)
+        assert expected["image_grid_thw"].tolist() == [list(pixels.grid)]
+        assert torch.equal(expected["pixel_values"], pixels.patches)
 
 
-# ---- the policy ---------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl"])
-def test_positions_are_those_of_get_rope_index(name):
-    model, (prompts, prefixes, images) = build(name), rows()
-    empty = torch.zeros(0, WIDTH)
-    got = rope_positions(model, prompts, [empty if p is None else p for p in prefixes], images, 60)
-    for b, row in enumerate(zip(prompts, prefixes, images)):
-        expected = reference(model, *row)[1][:, 0]
-        assert torch.equal(got[:, b, :expected.shape[1]], expected)
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen2_vl"])
-@pytest.mark.parametrize("fixed", [False, True], ids=["eager", "fixed-shapes"])
-def test_greedy_equals_generate_and_logprobs_agree(name, fixed):
-    """Several image sizes and a text row in one batch, with and without prefix, fewer slots than rows."""
-    model, (prompts, prefixes, images) = build(name), rows()
-    decoder = Decoder(model, slots=3)
-    decoder.fixed = fixed
-    out = decoder.generate(prompts, prefixes, Sampling(0, max_new_tokens=24))
-    for row, got in zip(zip(prompts, prefixes, images), out):
-        x, positions = reference(model, *row)
-        text_positions = torch.arange(x.shape[1]).expand(1, 1, -1)
-        expected = model.generate(inputs_embeds=x, attention_mask=torch.ones(x.shape[:2]), do_sample=False, max_new_tokens=24,
-                                  position_ids=torch.cat([text_positions, positions]), eos_token_id=list(EOS),
-                                  pad_token_id=0)[0].tolist()
-        assert got.ids == expected
-    assert len({len(c.ids) for c in out}) > 1
-    with torch.no_grad():
-        scored = completion_logprobs(model, prompts, [c.ids for c in out], prefixes)[0].split([len(c.ids) for c in out])
-        for row, completion, logprobs in zip(zip(prompts, prefixes, images), out, scored):
-            x, positions = reference(model, *row, completion.ids)
-            logits = model(inputs_embeds=x, position_ids=positions).logits[0, -len(completion.ids) - 1:-1]
-            plain = logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
-            assert (logprobs - plain).abs().max() <= 1e-5 and (torch.tensor(completion.logprobs) - plain).abs().max() <= 1e-5
-
-
-def test_a_row_with_an_image_does_not_depend_on_its_batch():
-    model, (prompts, prefixes, _) = build(), rows()
-    seeds, sampling = list(range(5)), Sampling(max_new_tokens=16)
-    together = Decoder(model).generate(prompts, prefixes, sampling, seeds)
-    for i in range(5):
-        alone = Decoder(model).generate(prompts[i:i + 1], prefixes[i:i + 1], sampling, seeds[i:i + 1])[0]
-        assert alone.ids == together[i].ids
-        with torch.no_grad():
-            one = completion_logprobs(model, prompts[i:i + 1], [alone.ids], prefixes[i:i + 1])[0]
-        assert (one - torch.tensor(together[i].logprobs)).abs().max() <= 1e-5
-
-
-def test_a_group_shares_its_prefill_but_not_with_another_image(monkeypatch):
-    model, read = build(), processor().read
-    one, other = read(picture(28, 28, 1)), read(picture(28, 28, 2))
-    prompt, seen, inner = [START] + [IMAGE_TOKEN] * 4 + [STOP, 20, 21], [], prefix_module.embed_rows
-    monkeypatch.setattr(prefix_module, "embed_rows", lambda model, ids, *rest: seen.extend(ids) or inner(model, ids, *rest))
-    prompts = [Prompt(prompt, one)] * 3 + [Prompt(prompt, other)] * 3
-    out = Decoder(model, eos_ids=[]).generate(prompts, None, Sampling(0, max_new_tokens=12))
-    assert len(seen) == 2
-    assert out[0].ids == out[2].ids != out[3].ids == out[5].ids
-
-
-def test_gradients_reach_text_weights_and_prefix_and_a_written_image_token_is_only_a_token():
-    model, (prompts, prefixes, _) = build(), rows()
-    model.model.visual.requires_grad_(False)
-    prefixes = [None if p is None else p.requires_grad_() for p in prefixes]
-    completion_logprobs(model, prompts, [[20, IMAGE_TOKEN, 21]] * 5, prefixes)[0].sum().backward()
-    assert prefixes[1].grad.abs().sum() > 0 and model.lm_head.weight.grad.abs().sum() > 0
-    assert all(p.grad is None for p in model.model.visual.parameters())
-
-
-def test_prompt_and_image_must_belong_together():
-    model, (prompts, _, images) = build(), rows()
-    for broken in ([list(p) for p in prompts], [Prompt(p, images[0]) for p in prompts], [[*prompts[2], IMAGE_TOKEN]]):
-        with pytest.raises(ValueError, match="image tokens, its image makes"):
-            Decoder(model).generate(broken)
-
-
-# ---- scenes, boxes, data ------------------------------------------------------------------------------------------------
-
-def test_scenes_are_a_function_of_the_seed_and_every_style_is_right():
-    a, b = (tiny_scene(random.Random("x 3")) for _ in range(2))
-    assert a["image"].tobytes() == b["image"].tobytes() and a["bbox"] == b["bbox"]
-    for i in range(200):
-        scene = tiny_scene(random.Random(i))
-        x0, y0, x1, y1 = scene["bbox"]
-        pixels = np.asarray(scene["image"]).astype(int)
-        coloured = pixels.max(2) - pixels.min(2) > 110                      # the gradient and the gray shapes are below
-        ys, xs = np.nonzero(coloured)
-        assert [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] == scene["bbox"]
-        for style in VL_STYLES:
-            text = tiny_scene_answer(random.Random(i), scene, style)
-            assert tiny_scene_style(text) == style
-            assert parse_box(text) == ((x0, y0, x1, y1) if style == "box" else None)
-
-
-def test_a_random_object_is_no_good_answer():
-    scenes = [tiny_scene(random.Random(i)) for i in range(300)]
-    picked = [random.Random(i).choice([s["bbox"], *s["others"]]) for i, s in enumerate(scenes)]
-    assert sum(box_iou(str(box), str(s["bbox"])) >= 0.5 for box, s in zip(picked, scenes)) / 300 < 0.5
-
-
-@pytest.mark.parametrize("completion, finish, accuracy, answered, form", [
-    ("[ 10 , 10 , 20 , 20 ]", "stop", 1, 1, 1), ("[10, 10, 20, 20]", "length", 0, 0, 0),
-    ("<box>10 10 20 20</box>", "stop", 1, 1, 0),
-    ('{"bbox_2d": [10, 10, 20, 20], "label": "cat"}', "stop", 1, 1, 1), ("it is near the top", "stop", 0, 0, 0),
-    ("[10, 10, 15, 20]", "stop", 1, 1, 1), ("[10, 10, 14, 20]", "stop", 0, 1, 1), ("[20, 20, 10, 10]", "stop", 0, 0, 0)])
-def test_a_box_is_right_from_half_an_overlap_on(completion, finish, accuracy, answered, form):
-    judged = GroundingTask("tiny-vl", [], [], needs_stop=True).judge(completion, "[10, 10, 20, 20]", finish)
-    assert (judged["accuracy"], judged["answered"], judged["format"]) == (accuracy, answered, form)
-
-
-def write_rows(folder, *rows):
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(folder / "rows.jsonl")
-
-
-def test_grounding_rows_state_their_unit(tmp_path):
-    picture(100, 50).save(tmp_path / "a.png")
-    path = write_rows(tmp_path, {"image": "a.png", "expression": "the cat", "bbox": [10, 5, 60, 50]})
-    row, = load_task("grounding", test=path, splits=("test",)).test
-    assert parse_box(row["answer"]) == (10, 5, 60, 50)
-    assert "the cat" in row["question"] and "100 wide and 50 high" in row["question"]
-    row, = load_task("refcoco:1000", test=path, splits=("test",)).test
-    assert parse_box(row["answer"]) == (100, 100, 600, 1000) and "thousandths" in row["question"]
-    with pytest.raises(ValueError, match="unknown unit"):
-        load_task("refcoco:7", test=path, splits=("test",))
-    with pytest.raises(ValueError, match="no train rows.*bbox"):
-        load_task("refcoco", test=path)
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"image": "none.png", "expression": "x", "bbox": [0, 0, 1, 1]}, "line 1: no such image"),
-    ({"image": "bad.png", "expression": "x", "bbox": [0, 0, 1, 1]}, "line 1: the image .*bad.png cannot be used"),
-    ({"image": "a.png", "expression": "x", "bbox": [0, 0, 200, 10]}, "is no .*inside the image of 100 x 50"),
-    ({"image": "a.png", "expression": "x", "bbox": [5, 5, 5, 10]}, "is no "),
-    ({"image": "a.png", "expression": "x", "bbox": "5 5"}, "is no "),
-    ({"image": "a.png", "expression": "x", "bbox": [0, 0, "a", 1]}, "is no "),
-    ({"image": "a.png", "bbox": [0, 0, 1, 1]}, "no 'expression'")])
-def test_bad_grounding_rows_are_one_sentence(tmp_path, row, message):
-    picture(100, 50).save(tmp_path / "a.png")
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
-    with pytest.raises(ValueError, match=message):
-        load_task("grounding", test=write_rows(tmp_path, row), splits=("test",))
+def test_a_saved_reader_reads_the_same(settings_folder, tmp_path):
+    reader = drawn_scenes.make_reader()
+    drawn_scenes.make_model().config.save_pretrained(tmp_path)
+    reader.save(tmp_path)
+    again = load_reader(str(tmp_path))
+    image = picture(61, 47)
+    pixels = reader.read_image(image)
+    assert torch.equal(again.read_image(image).patches, pixels.patches)
+    assert again.read_image(image).grid == pixels.grid
+    assert again.tokenizer.get_vocab() == reader.tokenizer.get_vocab()
 
 
 def test_a_decompression_bomb_is_refused_unread(tmp_path, monkeypatch):
@@ -241,33 +233,318 @@ def test_a_decompression_bomb_is_refused_unread(tmp_path, monkeypatch):
         picture(*size).save(tmp_path / name)
         with pytest.raises(ValueError, match="too large.*make it smaller"):
             open_image(str(tmp_path / name))
+        path = write_rows(tmp_path, {"image": name, "expression": "x", "bbox": [0, 0, 9, 9]})
         with pytest.raises(ValueError, match="cannot be used.*decompression bomb"):
-            row = {"image": name, "expression": "x", "bbox": [0, 0, 9, 9]}
-            load_task("grounding", test=write_rows(tmp_path, row), splits=("test",))
+            load_task("grounding", test=path, splits=("test",))
 
 
-def test_damaged_images_are_one_sentence(tmp_path):
+def test_damaged_pictures_are_one_sentence(tmp_path):
     picture(64, 64).save(tmp_path / "whole.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])       # header fine, pixels cut off
-    for source, message in ((str(tmp_path / "half.png"), "cannot be read"), ("data:image/png;base64,@@", "cannot be read"),
-                            (str(tmp_path / "none.png"), "no such image"), (b"nonsense", "cannot be read")):
+    header_and_some = (tmp_path / "whole.png").read_bytes()[:3000]
+    (tmp_path / "half.png").write_bytes(header_and_some)
+    for source, message in (
+        (str(tmp_path / "half.png"), "cannot be read"),
+        ("data:image/png;base64,@@", "cannot be read"),
+        (str(tmp_path / "none.png"), "no such image"),
+        (b"nonsense", "cannot be read"),
+    ):
         with pytest.raises(ValueError, match=message):
             open_image(source)
     with pytest.raises(ValueError, match="over 200 times"):
-        Processor(None).read(picture(2100, 10))
+        small_reader().read_image(picture(2100, 10))
 
 
-# ---- the prefix decoder and its VAE -------------------------------------------------------------------------------------
+# ---- positions ----------------------------------------------------------------------------------
 
+
+def test_a_picture_stands_at_one_time_and_the_text_goes_on_after_its_longer_side():
+    """arXiv 2409.12191, Sec. 2.1, written out for a picture of 2 x 3 visual tokens."""
+    image = small_reader().read_image(picture(42, 28))
+    prompt = Prompt([20, VISION_START, *[IMAGE_TOKEN] * 6, VISION_END, 21], image)
+    positions = rotary_positions(build(), prompt, length=1, new=2)
+    time = [0, 1, 2, 3, 3, 3, 3, 3, 3, 6, 7, 8, 9]
+    row = [0, 1, 2, 3, 3, 3, 4, 4, 4, 6, 7, 8, 9]
+    column = [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9]
+    assert positions.tolist() == [time, row, column]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_positions_are_those_of_get_rope_index(name):
+    model = build(name)
+    prompts = make_prompts()
+    prefixes = make_prefixes()
+    table = model.get_input_embeddings().weight
+    rows = embed_rows(model, table, prompts, prefixes)
+    for row, prompt, prefix in zip(rows, prompts, prefixes):
+        x, positions = reference_inputs(model, prompt, prefix)
+        torch.testing.assert_close(torch.cat([row.prefix, row.prompt]), x[0])
+        assert torch.equal(row.positions, positions[:, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_without_a_prefix_log_probs_are_those_of_the_modules_own_forward(name):
+    """From pixels and ids alone: embeddings and positions are all transformers' own."""
+    model = build(name)
+    completion = [20, 33, 2]
+    for prompt in make_prompts():
+        if prompt.image is None:
+            continue
+        ids = torch.tensor([prompt.ids + completion])
+        output = model(
+            input_ids=ids,
+            mm_token_type_ids=(ids == IMAGE_TOKEN).int(),
+            pixel_values=prompt.image.patches,
+            image_grid_thw=torch.tensor([prompt.image.grid]),
+        )
+        logprobs = output.logits[0, -4:-1].log_softmax(-1)  # [3, V]
+        expected = logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        scored, _ = completion_logprobs(model, [prompt], [completion], [None])
+        torch.testing.assert_close(scored, expected, atol=1e-5, rtol=0)
+
+
+# ---- decoder and log-probs ----------------------------------------------------------------------
+
+
+def decode(model, prompts, prefixes, sampling, seeds=None, **options):
+    decoder = Decoder(model, **options)
+    return decoder.generate(decoder.embed(prompts, prefixes), sampling, seeds)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fixed", [False, True], ids=["eager", "fixed-shapes"])
+def test_greedy_decoding_equals_generate(name, fixed):
+    """Several picture sizes and a text row in one batch, with and without prefix, fewer slots
+    than rows."""
+    model = build(name)
+    prompts = make_prompts()
+    prefixes = make_prefixes()
+    decoder = Decoder(model, slots=3)
+    decoder.fixed = fixed
+    completions = decoder.generate(decoder.embed(prompts, prefixes), Sampling(0, max_new_tokens=24))
+    for prompt, prefix, completion in zip(prompts, prefixes, completions):
+        x, positions = reference_inputs(model, prompt, prefix)
+        columns = torch.arange(x.shape[1]).expand(1, 1, -1)
+        expected = model.generate(
+            inputs_embeds=x,
+            attention_mask=torch.ones(x.shape[:2]),
+            position_ids=torch.cat([columns, positions]),
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=END_TOKENS,
+            pad_token_id=0,
+        )
+        assert completion.ids == expected[0].tolist()
+    assert len({len(completion.ids) for completion in completions}) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_sampled_log_probs_are_those_of_the_module(name):
+    """Those that the decoder notes, and those that training scores."""
+    model = build(name)
+    prompts = make_prompts()
+    prefixes = make_prefixes()
+    completions = decode(model, prompts, prefixes, Sampling(max_new_tokens=16), seeds=range(5))
+    ids = [completion.ids for completion in completions]
+    scored, _ = completion_logprobs(model, prompts, ids, prefixes)
+    scored = scored.split([len(row) for row in ids])
+    for prompt, prefix, completion, logprobs in zip(prompts, prefixes, completions, scored):
+        n = len(completion.ids)
+        x, positions = reference_inputs(model, prompt, prefix, completion.ids)
+        logits = model(inputs_embeds=x, position_ids=positions).logits[0, -n - 1 : -1]  # [n, V]
+        picked = torch.tensor(completion.ids)[:, None]
+        expected = logits.log_softmax(-1).gather(1, picked)[:, 0]
+        noted = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(noted, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_fast_decoder_samples_what_the_plain_one_does(name):
+    model = build(name)
+    sampling = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=12)
+    seeds = [7, 8, 9, 10, 11]
+    decoder = Decoder(model, slots=3)
+    rows = decoder.embed(make_prompts(), make_prefixes())
+    fast = decoder.generate(rows, sampling, seeds)
+    plain = generate_plainly(model, rows, sampling, seeds, END_TOKENS)
+    for completion, expected in zip(fast, plain):
+        assert completion.ids == expected.ids
+        assert completion.finish == expected.finish
+        assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_a_row_with_a_picture_does_not_depend_on_its_batch():
+    model = build()
+    prompts = make_prompts()
+    prefixes = make_prefixes()
+    sampling = Sampling(max_new_tokens=16)
+    together = decode(model, prompts, prefixes, sampling, seeds=range(5))
+    for i in range(5):
+        alone = decode(model, [prompts[i]], [prefixes[i]], sampling, seeds=[i])[0]
+        assert alone.ids == together[i].ids
+        with torch.no_grad():
+            scored, _ = completion_logprobs(model, [prompts[i]], [alone.ids], [prefixes[i]])
+        noted = torch.tensor(together[i].logprobs)
+        torch.testing.assert_close(scored, noted, atol=1e-5, rtol=0)
+
+
+def test_a_group_shares_its_prefill_but_not_with_another_picture(monkeypatch):
+    prefilled = []
+    original = Decoder._prefill
+
+    def note_rows(decoder, first, rows):
+        prefilled.extend(rows)
+        return original(decoder, first, rows)
+
+    monkeypatch.setattr(Decoder, "_prefill", note_rows)
+    reader = small_reader()
+    ids = [VISION_START, *[IMAGE_TOKEN] * 4, VISION_END, 20, 21]
+    one = Prompt(ids, reader.read_image(picture(28, 28, seed=1)))
+    other = Prompt(ids, reader.read_image(picture(28, 28, seed=2)))
+    prompts = [one] * 3 + [other] * 3
+    completions = decode(build(), prompts, None, Sampling(0, max_new_tokens=12), eos_ids=[])
+    assert len(prefilled) == 2
+    assert completions[0].ids == completions[2].ids
+    assert completions[3].ids == completions[5].ids
+    assert completions[2].ids != completions[3].ids
+
+
+def test_a_prompt_is_seen_once_however_often_it_is_asked(monkeypatch):
+    reader = small_reader()
+    ids = [VISION_START, *[IMAGE_TOKEN] * 4, VISION_END, 20]
+    prompt = Prompt(ids, reader.read_image(picture(28, 28)))
+    model = build()
+    calls = []
+
+    def note_call(tower, inputs, output):
+        calls.append(output)
+
+    model.model.visual.register_forward_hook(note_call)
+    Decoder(model).embed([prompt] * 4)
+    assert len(calls) == 1
+
+
+def test_gradients_reach_text_weights_and_prefix_but_not_a_frozen_tower():
+    model = build()
+    model.model.visual.requires_grad_(False)
+    prefixes = make_prefixes()
+    for prefix in prefixes:
+        if prefix is not None:
+            prefix.requires_grad_()
+    completions = [[20, 30, 21]] * 5
+    logprobs, _ = completion_logprobs(model, make_prompts(), completions, prefixes)
+    logprobs.sum().backward()
+    assert prefixes[1].grad.abs().sum() > 0
+    assert model.lm_head.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in model.model.visual.parameters())
+
+
+@torch.no_grad()
+def test_an_image_token_that_the_policy_writes_is_only_a_token():
+    model = build()
+    prompts = make_prompts()
+    prefixes = make_prefixes()
+    completion = [20, IMAGE_TOKEN, 21]
+    scored, _ = completion_logprobs(model, prompts, [completion] * 5, prefixes)
+    for prompt, prefix, logprobs in zip(prompts, prefixes, scored.split(3)):
+        x, positions = reference_inputs(model, prompt, prefix, completion)
+        logits = model(inputs_embeds=x, position_ids=positions).logits[0, -4:-1]
+        picked = torch.tensor(completion)[:, None]
+        expected = logits.log_softmax(-1).gather(1, picked)[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+def test_prompt_and_picture_must_belong_together():
+    model = build()
+    prompts = make_prompts()
+    without_image = [Prompt(prompt.ids) for prompt in prompts]
+    with_another = [Prompt(prompt.ids, prompts[0].image) for prompt in prompts]
+    without_words = [Prompt([*prompts[2].ids, IMAGE_TOKEN])]
+    for broken in (without_image, with_another, without_words):
+        with pytest.raises(ValueError, match="image tokens, its image makes"):
+            Decoder(model).embed(broken)
+
+
+# ---- grounding rows -----------------------------------------------------------------------------
+
+
+def write_rows(folder, *rows):
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return str(folder / "rows.jsonl")
+
+
+def test_grounding_rows_state_their_unit(tmp_path):
+    picture(100, 50).save(tmp_path / "a.png")
+    path = write_rows(
+        tmp_path, {"image": "a.png", "expression": "the cat", "bbox": [10, 5, 60, 50]}
+    )
+    (row,) = load_task("grounding", test=path, splits=("test",)).test
+    assert parse_box(row["answer"]) == (10, 5, 60, 50)
+    assert "the cat" in row["question"]
+    assert "100 wide and 50 high" in row["question"]
+
+    (row,) = load_task("refcoco:1000", test=path, splits=("test",)).test
+    assert parse_box(row["answer"]) == (100, 100, 600, 1000)
+    assert "thousandths" in row["question"]
+
+
+def test_an_unknown_unit_and_missing_rows_are_refused(tmp_path):
+    picture(100, 50).save(tmp_path / "a.png")
+    path = write_rows(tmp_path, {"image": "a.png", "expression": "x", "bbox": [10, 5, 60, 50]})
+    with pytest.raises(ValueError, match="unknown unit"):
+        load_task("refcoco:7", test=path, splits=("test",))
+    with pytest.raises(ValueError, match="no train rows.*bbox"):
+        load_task("refcoco", test=path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image": "none.png"}, "line 1: no such image"),
+        ({"image": "bad.png"}, "line 1: the image .*bad.png cannot be used"),
+        ({"bbox": [0, 0, 200, 10]}, "is no .*inside the image of 100 x 50"),
+        ({"bbox": [5, 5, 5, 10]}, "is no "),
+        ({"bbox": "5 5"}, "is no "),
+        ({"bbox": [0, 0, "a", 1]}, "is no "),
+        ({"expression": ""}, "no 'expression'"),
+    ],
+)
+def test_bad_grounding_rows_are_one_sentence(tmp_path, changes, message):
+    picture(100, 50).save(tmp_path / "a.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
+    row = {"image": "a.png", "expression": "x", "bbox": [0, 0, 1, 1], **changes}
+    with pytest.raises(ValueError, match=message):
+        load_task("grounding", test=write_rows(tmp_path, row), splits=("test",))
+
+
+def test_a_trace_names_its_picture_relative_to_its_file(tmp_path):
+    with_picture = {"question": "q", "answer": "a", "image": "x.png"}
+    path = write_rows(tmp_path, with_picture, {"question": "q", "answer": "a"})
+    first, second = load_traces([f"box={path}"])
+    assert first["image"] == str(tmp_path / "x.png")
+    assert "image" not in second
+
+
+# ---- the GPT prefix decoder and its VAE ---------------------------------------------------------
+
+
+@torch.no_grad()
 def test_the_gpt_decoder_is_causal_and_batches_like_single_rows():
     torch.manual_seed(0)
-    decoder, z = GPTDecoder(width=6, latent=32, hidden=16, rows=8).eval(), torch.randn(5, 32)
+    decoder = GPTDecoder(width=6, latent=32, hidden=16, rows=8).eval()
+    z = torch.randn(5, 32)
     rows = decoder(z).view(5, 8, 6)
-    changed = z.clone()
-    changed[:, 12:] += 1                                                    # parts 3 to 7 of 8
-    torch.testing.assert_close(decoder(changed).view(5, 8, 6)[:, :3], rows[:, :3])
-    assert (decoder(changed).view(5, 8, 6)[:, 3:] - rows[:, 3:]).abs().amax((0, 2)).min() > 1e-4
-    torch.testing.assert_close(torch.cat([decoder(one[None]) for one in z]), rows.flatten(1))
+    later_parts = z.clone()
+    later_parts[:, 12:] += 1  # parts 3 to 7 of 8
+    changed = decoder(later_parts).view(5, 8, 6)
+    torch.testing.assert_close(changed[:, :3], rows[:, :3])
+    difference = (changed[:, 3:] - rows[:, 3:]).abs()  # [5, 5, 6]
+    assert difference.amax((0, 2)).min() > 1e-4
+    one_by_one = [decoder(one[None]) for one in z]
+    torch.testing.assert_close(torch.cat(one_by_one), rows.flatten(1))
     with pytest.raises(ValueError, match="multiple of 8"):
         GPTDecoder(width=6, latent=30, hidden=16, rows=8)
 
@@ -276,104 +553,154 @@ def test_the_gpt_decoder_is_causal_and_batches_like_single_rows():
 def vl(tmp_path_factory):
     """An untrained tiny-vl policy folder, its traces, and a VAE with the GPT decoder on them."""
     folder = tmp_path_factory.mktemp("vl")
-    model, reader = tiny_vl_model(seed=1).eval(), tiny_vl_processor()
+    model = drawn_scenes.make_model(seed=1).eval()
+    reader = drawn_scenes.make_reader()
     model.save_pretrained(folder / "policy")
-    reader.save_pretrained(folder / "policy")
-    traces, table = tiny_scene_traces(60, seed=0), model.get_input_embeddings().weight.detach()
-    reader.see = lambda source: see_images(model, [reader.read(source)])[0]
-    train_vae(traces, reader, table, folder / "vae", latent=32, hidden=32, epochs=4, rows=8)
-    return dict(folder=folder, reader=reader, traces=traces, table=table)
+    reader.save(folder / "policy")
+    traces = drawn_scenes.make_traces(60, seed=0)
+    config = VAEConfig(out=str(folder / "vae"), decoder="gpt", latent=32, hidden=32, epochs=4)
+    train_vae(config, traces, reader, model)
+    return SimpleNamespace(
+        policy=str(folder / "policy"),
+        vae=str(folder / "vae"),
+        model=model,
+        reader=reader,
+        traces=traces,
+        table=model.get_input_embeddings().weight.detach(),
+    )
 
 
-def test_pooled_parts(vl):
-    reader, table, (trace, *_) = vl["reader"], vl["table"], vl["traces"]
-    plain = {key: value for key, value in trace.items() if key != "image"}
-    torch.testing.assert_close(pool_parts([plain], reader, table, rows=1), mean_pool([plain], reader, table))
-    ids = torch.tensor(reader(f"{trace['question']} {trace['answer']}")["input_ids"])
-    x = torch.cat([reader.see(trace["image"]), table[ids]]).detach()
-    h = pool_parts([trace], reader, table, rows=4).view(4, -1)
-    torch.testing.assert_close(h[0], x[:len(x) // 4].mean(0))
-    torch.testing.assert_close(h[3], x[3 * len(x) // 4:].mean(0))
-    torch.testing.assert_close(pool_parts([trace], reader, table, rows=4, whole=True).view(4, -1), x.mean(0).expand(4, -1))
+@torch.no_grad()
+def test_parts_of_picture_question_and_answer_are_pooled_in_this_order(vl):
+    trace = vl.traces[0]
+    ids = vl.reader.tokenizer(f"{trace['question']} {trace['answer']}")["input_ids"]
+    visual = see_images(vl.model, [vl.reader.read_image(trace["image"])])[0]
+    x = torch.cat([visual, vl.table[ids]])  # [T, d]
+    h = pool_parts([trace], vl.reader, vl.model, rows=4).view(4, -1)
+    torch.testing.assert_close(h[0], x[: len(x) // 4].mean(0))
+    torch.testing.assert_close(h[3], x[3 * len(x) // 4 :].mean(0))
+
+
+def test_pooled_text_in_one_part_is_the_mean_of_the_paper(vl):
+    trace = {key: value for key, value in vl.traces[0].items() if key != "image"}
+    pooled = pool_parts([trace], vl.reader, vl.model, rows=1)
+    torch.testing.assert_close(pooled, mean_pool([trace], vl.reader.tokenizer, vl.table))
     with pytest.raises(ValueError, match="reads text only"):
-        pool_parts([trace], reader.tokenizer, table)
+        pool_parts(vl.traces[:1], Reader(vl.reader.tokenizer), vl.model)
 
 
-def test_a_trace_names_its_image_relative_to_its_file(tmp_path):
-    path = write_rows(tmp_path, {"question": "q", "answer": "a", "image": "x.png"}, {"question": "q", "answer": "a"})
-    first, second = load_traces([f"box={path}"])
-    assert first["image"] == str(tmp_path / "x.png") and "image" not in second
+def test_every_prefix_row_has_a_scale_of_its_own(vl):
+    """Visual tokens are far longer than words, and would drown them in one common scale."""
+    vae = VAE.load(vl.vae)
+    scales = vae.scale.view(8, 128)
+    assert len(set(scales[:, 0].tolist())) == 8
+    assert torch.equal(scales, scales[:, :1].expand(8, 128))
 
 
-def test_prefixes_of_the_gpt_decoder(vl):
-    vae, table = VAE.load(vl["folder"] / "vae"), vl["table"]
-    (rows,), (z,) = Palette(vae, table, "prior", length=8).draw([5])
-    assert rows.shape == (8, 128) and z.shape == (1, 32)
-    torch.testing.assert_close(rows.flatten(), vae.decode(z)[0])
-    (short,), _ = Palette(vae, table, length=3, z=z).draw([0])
-    (long,), _ = Palette(vae, table, length=16, z=z).draw([0])
-    assert torch.equal(short, rows[:3]) and torch.equal(long, torch.cat([rows, rows]))
-    (free,), (two,) = Palette(vae, table, "box", length=16, tiled=False).draw([0])
-    assert two.shape == (2, 32) and not torch.equal(free[:8], free[8:])
-    (gauss,), _ = Palette(vae, table, "gauss", length=8).draw([0])
-    assert gauss.shape == (8, 128) and not torch.equal(gauss[0], gauss[1])
-    # every row has a scale of its own: visual tokens are far longer than words, and would drown them in one common scale
-    assert len(set(vae.scale.view(8, 128)[:, 0].tolist())) == 8
+def test_one_latent_makes_eight_prefix_rows(vl):
+    vae = VAE.load(vl.vae)
+    prefix = Palette(vae, vl.table, "prior", length=8).draw(5)
+    assert prefix.embeddings.shape == (8, 128)
+    assert prefix.latent.shape == (1, 32)
+    torch.testing.assert_close(prefix.embeddings.flatten(), vae.decode(prefix.latent)[0])
+
+    short = Palette(vae, vl.table, length=3, z=prefix.latent).draw(0).embeddings
+    long = Palette(vae, vl.table, length=16, z=prefix.latent).draw(0).embeddings
+    assert torch.equal(short, prefix.embeddings[:3])
+    assert torch.equal(long, torch.cat([prefix.embeddings, prefix.embeddings]))
+
+
+def test_independent_latents_and_the_gaussian_control_make_eight_rows_a_draw(vl):
+    vae = VAE.load(vl.vae)
+    two = Palette(vae, vl.table, "box", length=16, tiled=False).draw(0)
+    assert two.latent.shape == (2, 32)
+    assert not torch.equal(two.embeddings[:8], two.embeddings[8:])
+    gauss = Palette(vae, vl.table, "gauss", length=8).draw(0).embeddings
+    assert gauss.shape == (8, 128)
+    assert not torch.equal(gauss[0], gauss[1])
 
 
 def test_the_table_of_the_tutorial_is_the_measured_one():
-    import bench_tiny_vl as bench
-    measured = json.loads((bench.world.ROOT / "tests" / "tiny_vl.json").read_text())
-    tutorial = (bench.world.ROOT / "tutorials" / "09_grounding_with_a_palette.md").read_text()
-    assert bench.page(measured["figures"], measured["note"]) == tutorial.split(bench.START)[1].split(bench.END)[0].strip()
+    measured = json.loads((ROOT / "tests" / "tiny_vl.json").read_text())
+    tutorial = (ROOT / "tutorials" / "09_grounding_with_a_palette.md").read_text()
+    behind_start = tutorial.split(bench_tiny_vl.START)[1]
+    shown = behind_start.split(bench_tiny_vl.END)[0].strip()
+    assert bench_tiny_vl.page(measured["figures"], measured["note"]) == shown
 
 
-# ---- the whole path -----------------------------------------------------------------------------------------------------
+# ---- the whole path -----------------------------------------------------------------------------
 
-def test_a_policy_folder_is_standard_and_reads_images(vl):
-    model, reader = load_policy(str(vl["folder"] / "policy"))
-    assert json.loads((vl["folder"] / "policy" / "preprocessor_config.json").read_text())["patch_size"] == 7
-    assert not any(p.requires_grad for p in model.model.visual.parameters())
-    scene = tiny_scene(random.Random(0))
-    prompt = prompt_of({"question": "box of the red circle in pixels ?", "image": scene["image"]}, reader)
-    assert reader.decode(prompt).split()[:1] == ["<q>"] and prompt.image.grid == (1, 8, 8)
-    assert prompt.count(model.config.image_token_id) == 16
-    assert prompt_of({"question": "box"}, reader) == reader("<q> box <a>")["input_ids"]
-    from sft import tiny_tokenizer
+
+def test_a_policy_folder_is_standard_and_its_vision_tower_is_frozen(vl):
+    model, _ = load_policy(vl.policy)
+    settings = json.loads(Path(vl.policy, "preprocessor_config.json").read_text())
+    assert settings["patch_size"] == 7
+    assert not any(parameter.requires_grad for parameter in model.model.visual.parameters())
+    assert any(parameter.requires_grad for parameter in model.model.language_model.parameters())
+
+
+def test_a_prompt_holds_the_picture_before_the_question(vl):
+    row = drawn_scenes.load("test")[0]
+    prompt = prompt_of(row, vl.reader)
+    words = vl.reader.tokenizer.convert_ids_to_tokens(prompt.ids)
+    visual = ["<|vision_start|>", *["<|image_pad|>"] * 16, "<|vision_end|>"]
+    assert words == ["<q>", *visual, *row["question"].split(), "<a>"]
+    assert prompt.image.grid == (1, 8, 8)
+
+    text = prompt_of({"question": "box"}, vl.reader)
+    assert text.ids == vl.reader.tokenizer("<q> box <a>")["input_ids"]
+    assert text.image is None
     with pytest.raises(ValueError, match="reads text only"):
-        prompt_of({"question": "box", "image": scene["image"]}, tiny_tokenizer())
+        prompt_of(row, tiny_world.make_reader())
 
 
-@pytest.mark.parametrize("checkpointing, precision", [(False, "fp32"), (True, "fp32"), (False, "bf16")])
-def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(vl, checkpointing, precision):
-    alone, args = Ranks(0, 1, torch.device("cpu")), SimpleNamespace(precision=precision, checkpointing=checkpointing)
-    name = str(vl["folder"] / "policy")
-    model, reader = load_trainable(name, alone, args)
-    reference = load_reference(name, model, alone, args)
-    before, rows = {key: p.clone() for key, p in model.named_parameters()}, []
-    for trace in vl["traces"][:3]:
-        rows.append((prompt_of(trace, reader), reader(trace["answer"], add_special_tokens=False)["input_ids"]))
-    assert any(prompt.image for prompt, _ in rows if hasattr(prompt, "image"))
-    lm_step(model, rows, [None] * 3, alone)
-    apply_gradients(model, [make_optimizer(model, 1e-3)], alone)
-    for (key, p), other in zip(model.named_parameters(), reference.parameters()):
-        shared = ".visual." in key
-        assert torch.equal(p, before[key]) == shared and torch.equal(other, before[key].to(other.dtype)), key
-        assert other.dtype == (torch.bfloat16 if precision == "bf16" and not shared else torch.float32)
-        assert (p.data_ptr() == other.data_ptr()) == (".visual." in key) and not other.requires_grad
+@pytest.mark.parametrize(
+    "checkpointing, precision", [(False, "fp32"), (True, "fp32"), (False, "bf16")]
+)
+def test_training_leaves_the_vision_tower_alone_and_a_reference_shares_it(
+    vl, checkpointing, precision
+):
+    ranks = Ranks.alone()
+    config = SimpleNamespace(precision=precision, checkpointing=checkpointing)
+    model, reader = load_trainable(vl.policy, ranks, config)
+    reference = load_reference(vl.policy, model, ranks, config)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+
+    pairs = []
+    for trace in vl.traces[:3]:
+        answer = reader.tokenizer(trace["answer"], add_special_tokens=False)["input_ids"]
+        pairs.append((prompt_of(trace, reader), answer))
+    lm_step(model, pairs, [None] * 3, ranks)
+    apply_gradients(model, [make_optimizer(model, 1e-3)], ranks)
+
+    for (name, trained), kept in zip(model.named_parameters(), reference.parameters()):
+        is_visual = ".visual." in name
+        dtype = torch.float32
+        if precision == "bf16" and not is_visual:
+            dtype = torch.bfloat16
+        assert torch.equal(trained, before[name]) == is_visual, name
+        assert torch.equal(kept, before[name].to(kept.dtype)), name
+        assert kept.dtype == dtype
+        assert (trained.data_ptr() == kept.data_ptr()) == is_visual
+        assert not kept.requires_grad
 
 
-def test_pretraining_warmup_rl_and_arms_run(tmp_path, monkeypatch):
-    """Every stage of `grpo.py --model tiny-vl`, hardly trained; then again, which finds all of it done."""
-    import grpo
-    argv = ["--model", "tiny-vl", "--out", str(tmp_path), "--base-steps", "2", "--steps", "2", "--schedule", "two-phase",
-            "--prompts", "2", "--group", "2", "--eval-questions", "4", "--arm-questions", "3", "--arm-samples", "2",
-            "--sft-batch", "4", "--device", "cpu"]
-    monkeypatch.setattr("sft.tiny_scene_traces", lambda n, seed: tiny_scene_traces(30, seed))
-    grpo.main(argv)
-    figures = json.loads((tmp_path / "evaluation" / "results.json").read_text())["arms"]
-    assert {"greedy", "sampling", "noise", "gauss", "latent", "latent + sampling", "box", "prose", "place"} <= set(figures)
+def test_pretraining_warm_up_rl_and_arms_run_and_are_found_done(tmp_path, monkeypatch):
+    """Every stage of `grpo.py --model tiny-vl`, hardly trained; then again."""
+    thirty_traces = drawn_scenes.make_traces(30, seed=0)
+    monkeypatch.setattr(drawn_scenes, "make_traces", lambda n, seed: thirty_traces)
+    monkeypatch.setattr(drawn_scenes, "TRAIN_QUESTIONS", 40)
+    monkeypatch.setattr(drawn_scenes, "TEST_QUESTIONS", 40)
+    flags = ["--model", "tiny-vl", "--out", str(tmp_path), "--base-steps", "2", "--steps", "2"]
+    flags += ["--schedule", "two-phase", "--prompts", "2", "--group", "2", "--eval-questions", "4"]
+    flags += ["--device", "cpu"]
+    grpo.main([*flags, "--closing-questions", "2"])
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    arms = {"greedy", "sampling", "noise", "gauss", "latent", "latent + sampling"}
+    assert {*arms, "box", "prose", "place"} <= set(results["arms"])
     assert Image.open(tmp_path / "evaluation" / "boxes.png").size[0] > 168
-    before = (tmp_path / "grpo-two-phase-s0" / "metrics.jsonl").read_text()
-    grpo.main([*argv, "--arms", "none"])
-    assert (tmp_path / "grpo-two-phase-s0" / "metrics.jsonl").read_text() == before
+
+    metrics = tmp_path / "grpo-two-phase-s0" / "metrics.jsonl"
+    before = metrics.read_text()
+    grpo.main([*flags, "--closing-questions", "0"])
+    assert metrics.read_text() == before
