@@ -119,6 +119,7 @@ REAL_MODEL = {
     "sft_lr": 1e-5,
     "max_new_tokens": 512,
     "eval_questions": 128,
+    "closing_questions": 16,
     "tokens_per_batch": 8192,
     "save_every": 20,
 }
@@ -193,7 +194,7 @@ class GRPOConfig(sft.TrainingConfig):
     # Evaluation without prefix on the way; the arms of the table at the end (0: no such table).
     eval_every: int = HfArg(default=10, help="steps between greedy evaluations")
     eval_questions: int | None = HfArg(default=None, help="(default: the world's, or 128)")
-    closing_questions: int = HfArg(default=64, help="of the arms at the end", compare=False)
+    closing_questions: int | None = HfArg(default=None, help="of the last table", compare=False)
 
     # Stages before RL, with a config.json of their own; the defaults are the world's, if it is one.
     vae: str | None = HfArg(default=None, help="VAE folder (default: OUT/vae)", compare=False)

@@ -5,8 +5,7 @@ A row is everywhere [prefix | prompt | completion | pads]: L prefix embeddings (
 0 is the row's first column. In part 3 a plain decoder stands before the fast one: read it first.
 
 Departs from the paper: "tiled" (one latent repeated L times) is our default of the two readings of
-Eq. 9, `--independent` the other; in the tiny world `evaluate.py --arms latent` sees no difference
-in pass@8.
+Eq. 9, `--independent` the other; in the tiny world pass@8 of the latent arm is the same.
 
 Run it (greedy answers to one question under several latents):
     python prefix.py                          # the tiny world; makes what is missing
@@ -35,7 +34,6 @@ from vae import VAE, Pixels, load_model, load_reader, see_images
 # 1. The policy, and what it is asked
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 # How the tokenizers of Qwen-VL models spell an image: one IMAGE for every visual token
 VISION_START, IMAGE, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
@@ -64,9 +62,7 @@ def text_model(model):
 
 
 def unshard(weight):
-    """A weight as a plain tensor; one that `--fsdp` has sharded is gathered, by all ranks at once,
-    and its gradient summed over them and sharded again.
-    """
+    """A weight as a plain tensor: gathered, by all ranks at once, where `--fsdp` has sharded it."""
     if not hasattr(weight, "full_tensor"):
         return weight
     # late: half a second that a single process does not need
@@ -86,9 +82,8 @@ def end_ids(model, tokenizer):
         ends.add(tokenizer.eos_token_id)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        after_answer = text.rpartition("A")[2]
-        ids = tokenizer(after_answer, add_special_tokens=False)["input_ids"]
+        _, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("A")
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
         if ids and ids[0] in tokenizer.all_special_ids:
             ends.add(ids[0])
     if not ends:
@@ -141,7 +136,6 @@ def check_prompts(rows, reader, instruction, prompt_style, max_prompt=None, room
         if 2 * unknown > len(words):
             problem = f"are unknown to this model's tokenizer: {question}"
             raise ValueError(f"{unknown} of the {len(words)} tokens of a question {problem}")
-
         length = len(prompt_of(row, reader, instruction, prompt_style).ids)
         if max_prompt is not None and length > max_prompt:
             problem = f"is over --max-prompt {max_prompt}: {question}"
@@ -272,7 +266,6 @@ class Palette:
         self.width = table.shape[1]
         self.device = table.device
         self.token_norm = table.float().norm(dim=-1).mean().item()
-
         rows_per_draw = vae.rows_per_z if needs_vae else 1
         self.draws_to_fill = math.ceil(self.length / rows_per_draw)
         self.z = None if z is None else z.view(-1, vae.latent)
@@ -317,11 +310,7 @@ class Row:
     prompt: torch.Tensor  # [P, d], visual tokens included; rows of one prompt share the tensor
     positions: torch.Tensor | None  # rotary positions [3, L + P]; None: of a text model
     key: tuple  # equal for equal rows, which are prefilled once
-
-    @property
-    def length(self):
-        """L + P."""
-        return len(self.prefix) + len(self.prompt)
+    length: int  # L + P
 
 
 def embed_rows(model, table, prompts, prefixes):
@@ -334,14 +323,14 @@ def embed_rows(model, table, prompts, prefixes):
     distinct = dict(zip(contents, prompts))
     ids = [prompt.ids for prompt in distinct.values()]
     embedded = dict(zip(distinct, embed_tokens(model, table, ids, distinct.values())))
-
     rows = []
     for content, prompt, prefix in zip(contents, prompts, prefixes):
         positions = None
         if sees_images(model):
             positions = rotary_positions(model, prompt, len(prefix)).to(table.device)
         key = (*content, prefix.detach().float().cpu().numpy().tobytes())
-        rows.append(Row(prefix.to(table.dtype), embedded[content], positions, key))
+        length = len(prefix) + len(prompt.ids)
+        rows.append(Row(prefix.to(table.dtype), embedded[content], positions, key, length))
     return rows
 
 
@@ -392,18 +381,16 @@ def embed_tokens(model, table, ids, prompts):
     """
     tokens = torch.tensor(list(chain(*ids)), dtype=torch.long, device=table.device)
     embedded = list(F.embedding(tokens, table).split([len(row) for row in ids]))
-
     visual = {}  # image -> [n, d]: one that prompts share is seen once
     for number, prompt in enumerate(prompts):
-        image = prompt.image
-        if image is None:
+        if prompt.image is None:
             continue
-        if image not in visual:
-            visual[image] = see_images(model, [image])[0].to(table)
-        x = embedded[number]  # [T, d]
+        if prompt.image not in visual:
+            visual[prompt.image] = see_images(model, [prompt.image])[0].to(table)
+        seen = visual[prompt.image]
         start = prompt.ids.index(model.config.image_token_id)
-        end = start + len(visual[image])
-        embedded[number] = torch.cat([x[:start], visual[image], x[end:]])
+        x = embedded[number]  # [T, d]
+        embedded[number] = torch.cat([x[:start], seen, x[start + len(seen) :]])
     return embedded
 
 
@@ -432,10 +419,7 @@ def pad_positions(positions):
 
 
 def micro_batches(lengths, max_tokens):
-    """Numbers of rows, longest first, grouped so that rows x longest <= max_tokens.
-
-    Lengths [3, 9, 4] and 9 tokens -> [[1], [2, 0]].
-    """
+    """Row numbers, longest first; rows x longest <= max_tokens: [3, 9, 4], 9 -> [[1], [2, 0]]."""
     groups = []
     longest = 0
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
@@ -476,23 +460,18 @@ class Completion:
     finish: str  # "stop": an end token; "length": max_new_tokens
 
 
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as signed numbers: products of int64 wrap around
-MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-MIX_2 = 0x94D049BB133111EB - 2**64
-
-
 def uniform(seed, index):
     """Uniform numbers in [0, 1) from int64 tensors, which broadcast: splitmix64 (Steele 2014)."""
 
     def shift_right(z, bits):
         return (z >> bits) & (2 ** (64 - bits) - 1)  # the mask drops the copies of the sign bit
 
-    def mix(z):
-        z = (z ^ shift_right(z, 30)) * MIX_1
-        z = (z ^ shift_right(z, 27)) * MIX_2
+    def mix(z):  # products of int64 wrap around, so factors are meant modulo 2**64
+        z = (z ^ shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+        z = (z ^ shift_right(z, 27)) * (0x94D049BB133111EB - 2**64)
         return z ^ shift_right(z, 31)
 
-    z = mix(mix(seed) + index * GOLDEN)
+    z = mix(mix(seed) + index * (0x9E3779B97F4A7C15 - 2**64))
     low_bits = z & (2**23 - 1)  # not 24: in fp32, u * total < total even if total exceeds 1
     return low_bits.float() * 2.0**-23
 
@@ -569,7 +548,6 @@ def generate_plainly(model, rows, sampling, seeds, eos_ids):
 
 
 # ---- The fast decoder ----------------------------------------------------------------------------
-#
 # `generate` of transformers pads all rows to the longest and drags ended ones along until the last
 # one ends. `Decoder` makes the same numbers with less work:
 #   1. Slots. The KV cache [layers, 2, slots, kv_heads, columns, head_dim] is allocated once. A row
@@ -596,9 +574,8 @@ def check_model(model):
     config = model.config.get_text_config()
     served = config.model_type in FAMILIES and config.hidden_act == "silu"
     if served:
-        changes = text_model(model).rotary_emb.rope_type in ("dynamic", "longrope")
-        slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        served = not changes and not slides
+        served = text_model(model).rotary_emb.rope_type not in ("dynamic", "longrope")
+        served &= "sliding_attention" not in (getattr(config, "layer_types", None) or ())
     if not served:
         needed = "with silu, full attention and rotary positions that do not depend on the length"
         families = ", ".join(FAMILIES)
@@ -641,7 +618,6 @@ def pack(dtype, *linears):
         bias = torch.cat([unshard(linear.bias).to(dtype) for linear in linears])
     if not is_cpu_fp32(weight):
         return PackedLinear(weight.T[None], bias)
-
     # Few rows times a large matrix are up to twice as fast by tiles that fit the CPU's cache.
     tile = len(weight)
     if weight.numel() > 2**19:
@@ -677,10 +653,8 @@ class Job:
 class Decoder:
     """Batched generation with the weights of a Hugging Face Qwen3, Qwen2 or Llama model.
 
-    eos_ids: end tokens (None: the configuration's, of which nothing else is read).
-    slots: rows decoded at a time.
-    dtype: of packed weights and cache (None: the model's).
-    Call `refresh` after the weights change. ValueError for a model that is not served.
+    eos_ids: end tokens (None: the configuration's). slots: rows decoded at a time. dtype: of packed
+    weights and cache (None: the model's). Call `refresh` after the weights change.
     """
 
     def __init__(self, model, eos_ids=None, slots=64, dtype=None):
@@ -697,7 +671,6 @@ class Decoder:
         weight = model.get_input_embeddings().weight  # [V, d]
         self.device = weight.device
         self.dtype = dtype or weight.dtype
-
         self.heads = self.config.num_attention_heads  # H
         self.kv_heads = self.config.num_key_value_heads  # KV
         self.head_dim = self.text.layers[0].self_attn.head_dim  # D
@@ -861,7 +834,6 @@ class Decoder:
             qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
             y = attend(qk[:, : self.heads], qk[:, self.heads :], v, layer)
             x = x + block.out(y.reshape(len(x), -1)).contiguous()
-
             gate, up = block.gate_up(self._norm(x, block.norm2)).chunk(2, -1)  # [N, ffn] each
             x = x + block.down(F.silu(gate) * up).contiguous()
         return x
@@ -890,8 +862,11 @@ class Decoder:
         behind = slice(first + len(fresh), first + len(new))
         self.cache[:, :, behind, :, :width] = self.cache[:, :, donors, :, :width]
 
-        # The state of the slots, each field by one copy to the device.
-        new = fresh + copies
+        self._start(first, fresh + copies, sampling)
+        return jobs + fresh + copies
+
+    def _start(self, first, new, sampling):
+        """Set the state of the slots from `first` on, each field by one copy to the device."""
         slots = slice(first, first + len(new))
         tensor = partial(torch.tensor, device=self.device)
         length = tensor([job.row.length for job in new])
@@ -905,7 +880,6 @@ class Decoder:
         self.live[slots] = True
         index = self.column - length[:, None] + 1  # [new, columns]: which new token is picked there
         self.uniforms[slots] = uniform(seed[:, None], index)
-        return jobs + new
 
     def _prefill(self, first, rows):
         """Fill the cache of the slots from `first` on with all but each Row's last embedding."""
@@ -960,7 +934,6 @@ class Decoder:
         x = self._layers(self.input[:n], self.cos[rotary_pos], self.sin[rotary_pos], attend)
         logits = self.head(self._norm(x, self.norm))  # [n, V]
         token, logprob = sample(logits, self.uniforms[slot, pos], sampling)
-
         self.ids[slot, pos] = token
         self.logprobs[slot, pos] = logprob
         self.input[:n] = F.embedding(token, self.table)
@@ -969,8 +942,7 @@ class Decoder:
         live &= ~self.is_end[token] & (pos < self.stop[:n])
 
     def _run(self, n, width, sampling):
-        """One step. On CUDA a size's first one runs eagerly, which loads kernels, the others as a
-        graph."""
+        """One step. On CUDA a size's first one loads kernels, the next is captured as a graph."""
         if self.fixed:
             n = min(self.slots, 1 << (n - 1).bit_length())  # the next power of two
             width = min(self.columns, math.ceil(width / 256) * 256)
@@ -1052,8 +1024,7 @@ CHUNK = 2**25  # logits that training makes at a time: 128 MB in fp32
 
 
 class HeadLogProb(torch.autograd.Function):
-    """Log-probs of tokens from hidden states, with logits for a chunk of them at a time, which the
-    backward pass computes again."""
+    """Log-probs of tokens; logits exist for a chunk at a time, backward computes them again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, sampling, with_entropy):
@@ -1107,13 +1078,11 @@ def completion_logprobs(
     check_model(model)
     if len(completions) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts and {len(completions)} completions")
-    prefixes = check_rows(model, prompts, prefixes)
-    if not prompts:
-        # A row without a word to score, so that a rank without rows stays in step: no gradient.
+    if not prompts:  # a row without a token to score: a rank without rows stays in step
         prompts = [Prompt([0, 0])]
         completions = [[]]
-        prefixes = check_rows(model, prompts, None)
-
+        prefixes = None
+    prefixes = check_rows(model, prompts, prefixes)
     hidden = hidden_states(model, prompts, completions, prefixes)  # [B, T, d]
 
     # One entry a completion token: the hidden state at (row, column) predicts the target.
@@ -1151,7 +1120,6 @@ def hidden_states(model, prompts, completions, prefixes):
     for prefix, x in zip(prefixes, embed_tokens(model, table, ids, prompts)):
         inputs.append(torch.cat([prefix.to(table.dtype), x]))
     x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # [B, T, d]
-
     positions = None
     if sees_images(model):
         positions = []
@@ -1175,7 +1143,7 @@ class PrefixConfig:
     prompt: str | None = HfArg(default=None, help="the question (default: one of the world)")
     image: str | None = HfArg(default=None, help="a picture, for a vision-language model")
     device: str = HfArg(default="cpu", help="cpu, cuda or mps")
-    source: list[str] | None = HfArg(default=None, help="prefix sources (default: the main ones)")
+    source: list[str] | None = HfArg(default=None, help="default: none, every domain, prior, noise")
     length: int = HfArg(default=8, help="prefix rows L")
     independent: bool = HfArg(default=False, help="independent latents instead of one tiled")
     draws: int = HfArg(default=3, help="prefixes drawn per source")
@@ -1209,7 +1177,6 @@ def main(argv=None):
     decoder = Decoder(model, end_ids(model, reader.tokenizer))
     prompt = prompt_of(row, reader)
     sampling = Sampling(config.temperature, max_new_tokens=config.max_new_tokens)
-
     print(f"question: {row['question']}    gold answer: {row.get('answer', '?')}")
     for source in config.source or ["none", *vae.domains, "prior", "noise"]:
         draws = config.draws

@@ -269,19 +269,18 @@ def load_config(name):
 
 def load_reader(name):
     """The Reader of a model (see load_model)."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    # the Pillow one needs no torchvision; AutoImageProcessor of transformers 5.17 would ask for it
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
     with_images = reads_images(load_config(name))
     with _loading(name):
         reader = Reader(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
         if with_images:
-            # backend="pil" is Pillow and numpy alone: the other one needs torchvision
-            reader.image_processor = AutoImageProcessor.from_pretrained(
-                name, backend="pil", trust_remote_code=False
-            )
-            kind = type(reader.image_processor).__name__
-            if kind != "Qwen2VLImageProcessorPil":
+            settings, _ = Qwen2VLImageProcessorPil.get_image_processor_dict(name)
+            kind = str(settings.get("image_processor_type"))
+            if not kind.startswith("Qwen2VLImageProcessor"):
                 raise ValueError(f"its {kind} is not that of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
+            reader.image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
     return reader
 
 

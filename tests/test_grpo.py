@@ -206,12 +206,13 @@ def finished_rollout(length, reward, finish="stop"):
 
 A = 0.5 / (0.5**0.5 + 1e-4)  # rewards (1, 0): mean 1/2, sample standard deviation sqrt(1/2)
 LOSS_BY_HAND = {
-    # A token of ratio 3/2 with reward 1; three of ratios 1/2, 1, 2 with reward 0; limit 10.
-    "grpo": -(1.2 * A / 1 + (-0.8 - 1 - 2) * A / 3) / 2,  # each completion's mean, their mean
-    "rloo": -(1.2 - 0.8 - 1 - 2) * 1 / 20,  # each is the other's baseline: advantages 1, -1
-    "dr-grpo": -(1.2 - 0.8 - 1 - 2) * 0.5 / 20,  # advantages 1/2 and -1/2
-    "dapo": -(1.28 - 0.8 - 1 - 2) * A / 4,  # four tokens, clipped at 1.28
-    "gspo": -(1.0004 - 1) * A / 2,  # the geometric mean of 1/2, 1, 2 is 1; 3/2 is clipped
+    # A token of ratio 3/2 with reward 1; three of ratios 1/2, 1, 4 with reward 0; limit 10.
+    "grpo": -(1.2 * A / 1 + (-0.8 - 1 - 4) * A / 3) / 2,  # each completion's mean, their mean
+    "rloo": -(1.2 - 0.8 - 1 - 4) * 1 / 20,  # each is the other's baseline: advantages 1, -1
+    "dr-grpo": -(1.2 - 0.8 - 1 - 4) * 0.5 / 20,  # advantages 1/2 and -1/2
+    "dapo": -(1.28 - 0.8 - 1 - 4) * A / 4,  # four tokens, clipped at 1.28
+    # The geometric mean of 1/2, 1, 4 is the cube root of 2; 3/2 is clipped at 1.0004.
+    "gspo": -(1.0004 - 2 ** (1 / 3)) * A / 2,
 }
 
 
@@ -221,7 +222,7 @@ def test_each_algorithm_by_hand(algorithm):
     rollouts = [finished_rollout(1, reward=1.0), finished_rollout(3, reward=0.0)]
     compare(rollouts, config)
     weigh(rollouts, config, ALONE)
-    logprobs = torch.tensor([1.5, 0.5, 1.0, 2.0]).log() - 1.0
+    logprobs = torch.tensor([1.5, 0.5, 1.0, 4.0]).log() - 1.0
     loss, _ = loss_of(rollouts, logprobs, torch.zeros(4), config)
     assert loss.item() == pytest.approx(LOSS_BY_HAND[algorithm], rel=1e-4, abs=1e-7)
 
@@ -761,6 +762,22 @@ def test_masked_completions_cost_no_forward_pass(tiny, monkeypatch):
     assert 0 < len(scored) < len(rollouts)
 
 
+def test_micro_batches_hold_as_many_positions_as_allowed(tiny, monkeypatch):
+    """Of prefix, prompt and completion, with the pads to the longest row."""
+    config = small_config(tokens_per_batch=90, schedule=["constant"], length=8)
+    rollouts = tiny.rollouts(config, ends=MANY_ENDS)
+    calls = watch(monkeypatch, grpo, "completion_logprobs")
+    update(tiny.model, make_optimizer(tiny.model, 1e-3), rollouts, config, ALONE)
+    sizes = []
+    for call in calls:
+        lengths = []
+        for prompt, completion in zip(call["prompts"], call["completions"]):
+            lengths.append(8 + len(prompt.ids) + len(completion))
+        sizes.append(len(lengths) * max(lengths))
+    assert max(sizes) <= 90
+    assert max(len(call["prompts"]) for call in calls) > 1
+
+
 def test_filters_of_the_sampling_are_those_of_the_scoring(tiny):
     """Bug 2 of design.md: sampled with top-p, top-k and a temperature, scored without."""
     config = small_config(temperature=0.8, top_p=0.7, top_k=20)
@@ -1098,6 +1115,7 @@ class WatchedStep:
     training: Training
     metrics: dict
     rollouts: list
+    minibatches: list  # the rollouts of each update
     updates: list  # a list of Tokens for each update
     gradient_norms: list
 
@@ -1124,6 +1142,7 @@ def watched_step(tmp_path_factory, policy_folder, vae):
         kl=0.1,
     )
     collected = []
+    minibatches = []
     updates = []
     original_collect = grpo.collect
     original_loss_of = grpo.loss_of
@@ -1136,9 +1155,10 @@ def watched_step(tmp_path_factory, policy_folder, vae):
             collected.append(rollout)
         return collected
 
-    def watched_update(*arguments):
+    def watched_update(model, optimizer, rollouts, *arguments):
+        minibatches.append(rollouts)
         updates.append([])
-        return original_update(*arguments)
+        return original_update(model, optimizer, rollouts, *arguments)
 
     def watched_loss_of(rollouts, logprobs, entropy, config):
         i = 0
@@ -1158,7 +1178,17 @@ def watched_step(tmp_path_factory, policy_folder, vae):
         folder = tmp_path_factory.mktemp("watched") / "run"
         training = run_training(folder, policy_folder, vae, config)
     norms = [call.result for call in applied]
-    return WatchedStep(training, training.metrics[1], collected, updates, norms)
+    metrics = training.metrics[1]
+    return WatchedStep(training, metrics, collected, minibatches, updates, norms)
+
+
+def test_every_epoch_trains_on_every_rollout_once(watched_step):
+    first, second, *second_epoch = watched_step.minibatches
+    assert len(first) == len(second) == 16
+    assert [id(rollout) for rollout in first + second] == [
+        id(rollout) for rollout in watched_step.rollouts
+    ]
+    assert second_epoch == [first, second]
 
 
 TOKEN_METRICS = ("clip_share", "log_ratio", "tis_weight", "kl", "entropy")
@@ -1354,6 +1384,15 @@ def test_evaluations_come_first_on_the_way_and_last_and_the_best_policy_is_kept(
     assert read_json(training.folder / "best" / "best.json") == {"step": best, "score": max(scores)}
 
 
+def test_checkpoints_come_every_so_many_steps_but_not_at_the_end(
+    tmp_path, policy_folder, vae, monkeypatch
+):
+    saves = watch(monkeypatch, Run, "save")
+    config = small_config(steps=6, save_every=2, prompts=2, group=2, max_new_tokens=2)
+    run_training(tmp_path / "run", policy_folder, vae, config)
+    assert [call["step"] for call in saves] == [2, 4]
+
+
 def test_the_loop_learns_a_rewarded_first_word(tmp_path, policy_folder, vae):
     config = small_config(steps=20, prompts=8, lr=3e-3, eval_every=20, save_every=100)
     training = run_training(tmp_path / "run", policy_folder, vae, config)
@@ -1546,6 +1585,16 @@ def test_a_vae_that_is_named_is_used_as_it_is(world_folder, vae, monkeypatch):
     assert prepare(GRPOConfig(vae="mine", schedule=["linear"]), ALONE).vae == "mine"
     assert read_json("runs/tiny/sft/config.json")["vae"] == "mine"
     assert (world_folder / "mine" / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("prompt, of_warm_up", [("chat", "chat"), ("few-shot", "plain")])
+def test_the_warm_up_has_the_prompt_format_of_rl_but_no_examples(
+    world_folder, monkeypatch, prompt, of_warm_up
+):
+    monkeypatch.setattr(tiny_world, "make_policy", lambda *_, **__: None)
+    monkeypatch.setattr(sft, "warm_up", no_training)
+    prepare(GRPOConfig(prompt=prompt, schedule=["none"]), ALONE)
+    assert read_json("runs/tiny/sft-none/config.json")["prompt"] == of_warm_up
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from datetime import date
 from functools import partial
 from glob import glob
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -69,7 +70,8 @@ SMALL = {
     "vae.py --": "--epochs 5",
     "grpo.py": f"--base-steps {BASE_STEPS} --steps 2 --prompts 2 --eval-questions 4",
     "evaluate.py": "--questions 4 --samples 8",
-    "reproduce.py --model": "--questions 4 --samples 8",
+    "reproduce.py --analyse": "--questions 4 --samples 8",
+    "reproduce.py --sweep": "--questions 4 --samples 8",
     "prefix.py": "--max-new-tokens 8",
 }
 
@@ -203,7 +205,7 @@ def shape(output):
     A list of such beginnings of lines, spaces and repetitions left out. Remarks on pictures are
     left out, too: where matplotlib is missing there are none.
     """
-    output = re.sub(r"^(no )?pictures? .*$|^pictures: .*$|, picture .*$", "", output, flags=re.M)
+    output = re.sub(r"^(no )?pictures?:? .*$|, picture .*$", "", output, flags=re.M)
     labels = []
     for line in output.splitlines():
         label = re.match(r"[^\d:]*:?", line.replace("-", " "))[0]
@@ -269,13 +271,24 @@ def refusal(command):
     return f"{stop.value.code}\n"
 
 
+def run_program(code):
+    """What a program prints. What it adds to the tables of grpo.py and prefix.py is taken away."""
+    import grpo
+    import prefix
+
+    program = compile(code, "a tutorial", "exec")
+    algorithms = patch.dict(grpo.ALGORITHMS)
+    sources = patch.dict(prefix.SOURCES)
+    printed = io.StringIO()
+    with algorithms, sources, contextlib.redirect_stdout(printed):
+        exec(program, {"__name__": "__main__"})
+    return printed.getvalue()
+
+
 def run_block(block):
     """What the block prints; None for what is not run here."""
     if block.is_program:
-        program = compile(block.content, "tutorial", "exec")
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(program, {"__name__": "__main__"})
-        return printed.getvalue()
+        return run_program(block.content)
     if block.kind != "bash" or block.marker in ("not run", "walk only"):
         return None
     run = refusal if block.marker == "refused" else run_small
@@ -310,10 +323,10 @@ def walk(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("walk")
     link_scripts(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        # programs have no flags: the base that they ask for is as small as that of the commands
-        patch.setitem(tiny_world.DEFAULTS, "base_steps", BASE_STEPS)
-        patch.setattr(sys, "path", list(sys.path))  # task files put their folder there
+    # Programs have no flags: the base that they ask for is as small as that of the commands.
+    small_base = patch.dict(tiny_world.DEFAULTS, base_steps=BASE_STEPS)
+    path = patch.object(sys, "path", list(sys.path))  # task files put their folder there
+    with small_base, path:
         yield Walk(folder)
 
 
@@ -560,9 +573,7 @@ def write_page(page, folder, keep=None):
     for block in blocks:
         output = None
         if must_run(block, keep):
-            name = "a program"
-            if block.kind == "bash":
-                name, _, _ = commands_of(block.content)[0].partition(" --")
+            name = name_of(block)
             before = children_seconds()
             output = run_full(block, folder)
             spent = children_seconds() - before
@@ -581,6 +592,16 @@ def write_page(page, folder, keep=None):
         parts = re.split("<!-- time -->\n.*\n<!-- end -->", text)
         text = new_stamp.join(parts)
     page.write_text(text)
+
+
+def name_of(block):
+    """What a block is called where its seconds are told: by its first run of a script of ours."""
+    if block.is_program:
+        return "a program"
+    commands = commands_of(block.content)
+    calls = [command for command in commands if call_of(command)]
+    first_line = (calls or commands)[0].splitlines()[0]
+    return first_line.partition(" --")[0]
 
 
 def must_run(block, keep):

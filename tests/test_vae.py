@@ -252,6 +252,35 @@ def test_the_same_seed_gives_the_same_vae_and_a_saved_one_comes_back(
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert not torch.equal(start.encoder[0].weight, other_start.encoder[0].weight)
     assert loaded.domains == first.domains
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_an_epoch_sees_every_trace_once_in_an_order_of_its_own(
+    tmp_path, reader, traces, model, monkeypatch
+):
+    batches = []
+    loss = VAE.loss
+
+    def spy(self, h, beta, generator):
+        if torch.is_grad_enabled():  # in training
+            batches.append(h)
+        return loss(self, h, beta, generator)
+
+    monkeypatch.setattr(VAE, "loss", spy)
+    config = VAEConfig(out=str(tmp_path), epochs=2, batch=100)
+    train_vae(config, traces, reader, model)
+    assert [len(batch) for batch in batches] == [100, 100, 70] * 2
+    first = torch.cat(batches[:3])
+    second = torch.cat(batches[3:])
+    assert not torch.equal(first, second)
+    assert sorted(first.tolist()) == sorted(second.tolist())
+
+
+def test_epochs_are_measured_with_the_same_noise(tmp_path, reader, traces, model):
+    train_vae(VAEConfig(out=str(tmp_path), epochs=2, lr=0), traces, reader, model)
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first) == {**json.loads(second), "epoch": 1}
 
 
 def test_too_few_traces_are_refused_before_any_work(tmp_path, reader, traces, model, monkeypatch):
@@ -569,6 +598,8 @@ def test_each_row_stands_for_its_part_of_picture_question_and_answer(scenes, tok
     torch.testing.assert_close(h[0], x[: len(x) // 4].mean(0))
     torch.testing.assert_close(h[3], x[3 * len(x) // 4 :].mean(0))
 
+    few_words = {"question": "", "answer": "red", "domain": "box"}  # fewer than rows
+    assert pool_parts([few_words], scenes.reader, scenes.model, rows=4).isfinite().all()
     without_image = {"question": trace["question"], "answer": trace["answer"], "domain": "box"}
     pooled = pool_parts([without_image], scenes.reader, scenes.model, rows=1)
     expected = mean_pool([without_image], scenes.reader.tokenizer, table)

@@ -214,6 +214,7 @@ DEFAULTS = {
     "steps": 60,
     "max_new_tokens": 34,
     "eval_questions": 256,
+    "closing_questions": 64,
     "tokens_per_batch": 1024,
     "base_steps": 900,
 }
