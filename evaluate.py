@@ -44,10 +44,10 @@ from prefix import (
     Palette,
     Sampling,
     check_prompts,
+    complete,
     end_ids,
     load_policy,
     prompt_of,
-    texts_of,
 )
 from rewards import (
     DEFAULT_WORLD,
@@ -55,7 +55,6 @@ from rewards import (
     answers_equal,
     load_task,
     parse_box,
-    stop_strings,
     world_defaults,
     world_of,
     world_root,
@@ -208,10 +207,9 @@ def answer_questions(
             prefixes.append(embeddings)
             seeds.append(seed_of(seed, "token", question, sample))
 
-    decoder_rows = decoder.embed(prompts, prefixes)
-    completions = decoder.generate(decoder_rows, sampling, seeds, progress)
-    stops = stop_strings(reader.tokenizer, prompt_style)
-    completions, texts = texts_of(completions, reader.tokenizer, stops)
+    completions, texts = complete(
+        decoder, reader, prompts, prefixes, sampling, seeds, prompt_style, progress
+    )
 
     for answer, completion, text in zip(answers, completions, texts):
         row = rows[answer["row"]]

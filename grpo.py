@@ -58,11 +58,11 @@ from prefix import (
     Sampling,
     check_prompts,
     check_source,
+    complete,
     completion_logprobs,
     end_ids,
     micro_batches,
     prompt_of,
-    texts_of,
     unshard,
 )
 from rewards import (
@@ -74,7 +74,6 @@ from rewards import (
     load_rewards,
     load_task,
     score_rewards,
-    stop_strings,
     weighted_sum,
     world_defaults,
     world_domains,
@@ -500,12 +499,15 @@ def generate(rollouts, sampler, config):
     prompts = [rollout.prompt for rollout in rollouts]
     prefixes = [rollout.prefix.embeddings for rollout in rollouts]
     seeds = [rollout.seed for rollout in rollouts]
-    rows = sampler.decoder.embed(prompts, prefixes)
-    completions = sampler.decoder.generate(rows, sampling_of(config), seeds)
-
-    tokenizer = sampler.reader.tokenizer
-    stops = stop_strings(tokenizer, config.prompt)
-    completions, texts = texts_of(completions, tokenizer, stops)
+    completions, texts = complete(
+        sampler.decoder,
+        sampler.reader,
+        prompts,
+        prefixes,
+        sampling_of(config),
+        seeds,
+        config.prompt,
+    )
     for rollout, completion, text in zip(rollouts, completions, texts):
         rollout.completion_ids = completion.ids
         rollout.logprobs = completion.logprobs
@@ -1165,7 +1167,7 @@ def report(config, stages, folders, device):
     print(f"metrics and samples: {root}/{config.algorithm}-*")
     pictures = sorted(str(path) for path in root.glob("*/*.png"))
     print(f"pictures: {' '.join(pictures) or 'none'}")
-    print(f"learning curves: python tutorials/reproduce.py --curves {root}/{config.algorithm}-*")
+    print(f"learning curves: python tutorials/reproduce.py --curves {root}/{config.algorithm}-*-s*")
     return figures
 
 

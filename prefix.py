@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers.hf_argparser import HfArg
 
+import rewards
 import vae as vae_stage
-from rewards import DEFAULT_WORLD, find_model, load_task, prompt_ids, world_of
 from vae import VAE, Pixels, load_model, load_reader, see_images
 
 # --------------------------------------------------------------------------------------------------
@@ -43,7 +44,7 @@ def load_policy(name, device="cpu", dtype=torch.float32):
 
     Eval mode, and a frozen vision tower: our choice, as the VAE has learnt what it makes of images.
     """
-    folder = find_model(name)
+    folder = rewards.find_model(name)
     reader = load_reader(folder)
     model = load_model(folder, dtype).to(device).eval()
     if sees_images(model):
@@ -120,14 +121,14 @@ def prompt_of(row, reader, instruction="", style="auto"):
         image = reader.read_image(row["image"])
         tokens = math.prod(image.grid) // reader.image_processor.merge_size**2
         question = f"{VISION_START}{IMAGE * tokens}{VISION_END}{question}"
-    return Prompt(prompt_ids(question, reader.tokenizer, instruction, style), image)
+    return Prompt(rewards.prompt_ids(question, reader.tokenizer, instruction, style), image)
 
 
-def check_prompts(rows, reader, instruction, prompt_style, max_prompt=None, room=0, positions=None):
+def check_prompts(rows, reader, instruction, prompt_style, room=0, positions=None):
     """ValueError for a task row that the model cannot read: before a run, not in it.
 
-    Over half of a question's tokens must be known to the tokenizer. max_prompt: the longest prompt,
-    in tokens. positions: of the model, which prompt and room (length + max_new_tokens) share.
+    Over half of a question's tokens must be known to the tokenizer. positions: of the model, which
+    prompt and room (length + max_new_tokens) share; None: any number.
     """
     for row in rows:
         question = repr(row["question"][:80])
@@ -137,9 +138,6 @@ def check_prompts(rows, reader, instruction, prompt_style, max_prompt=None, room
             problem = f"are unknown to this model's tokenizer: {question}"
             raise ValueError(f"{unknown} of the {len(words)} tokens of a question {problem}")
         length = len(prompt_of(row, reader, instruction, prompt_style).ids)
-        if max_prompt is not None and length > max_prompt:
-            problem = f"is over --max-prompt {max_prompt}: {question}"
-            raise ValueError(f"a prompt of {length} tokens {problem}")
         if positions is not None and length + room > positions:
             problem = f"are more than the {positions} positions of this model: {question}"
             raise ValueError(f"{length} tokens of a prompt and {room} beside it {problem}")
@@ -989,6 +987,19 @@ class Decoder:
         return jobs[:count], width
 
 
+def complete(
+    decoder, reader, prompts, prefixes, sampling, seeds, prompt_style="auto", progress=None
+):
+    """(completions, texts) of prompts under prefixes, cut at the stops of their format (texts_of).
+
+    prompts, prefixes, seeds: one each a row; prefixes [L, d] or None. See Decoder.generate.
+    """
+    rows = decoder.embed(prompts, prefixes)
+    completions = decoder.generate(rows, sampling, seeds, progress)
+    stops = rewards.stop_strings(reader.tokenizer, prompt_style)
+    return texts_of(completions, reader.tokenizer, stops)
+
+
 def texts_of(completions, tokenizer, stops=()):
     """(completions, texts without special tokens), each cut at the first of the `stops` strings.
 
@@ -1138,8 +1149,8 @@ def hidden_states(model, prompts, completions, prefixes):
 class PrefixConfig:
     """Which answers to show."""
 
-    model: str = HfArg(default=DEFAULT_WORLD, help="hub name, folder, run folder or world")
-    vae: str | None = HfArg(default=None, help="VAE folder (default: that of the world)")
+    model: str = HfArg(default=rewards.DEFAULT_WORLD, help="hub name, folder, run folder or world")
+    vae: str | None = HfArg(default=None, help="(default: the world's, or vae beside a run folder)")
     prompt: str | None = HfArg(default=None, help="the question (default: one of the world)")
     image: str | None = HfArg(default=None, help="a picture, for a vision-language model")
     device: str = HfArg(default="cpu", help="cpu, cuda or mps")
@@ -1153,11 +1164,12 @@ class PrefixConfig:
 
     def __post_init__(self):
         vae_stage.require_at_least(self, length=0, draws=1, temperature=0, max_new_tokens=1)
-        is_world = world_of(self.model) is not None
+        is_world = rewards.world_of(self.model) is not None
         if self.prompt is None and (self.image is not None or not is_world):
             raise ValueError("--prompt is missing: which question should the model answer?")
-        if self.vae is None and self.source is None and not is_world:
-            raise ValueError("--vae is missing: name the folder of a VAE of this model")
+        if self.vae is None:
+            root = rewards.world_root(self.model) if is_world else Path(self.model).parent
+            self.vae = f"{root}/vae"
 
 
 def main(argv=None):
@@ -1165,19 +1177,22 @@ def main(argv=None):
     config = vae_stage.parse_settings(PrefixConfig, __doc__, argv)
     row = {"question": config.prompt, "image": config.image}
     if config.prompt is None:
-        row = load_task(config.model, splits=("test",)).test[0]
+        row = rewards.load_task(config.model, splits=("test",)).test[0]
     vae = None
-    if config.vae is not None:
+    without = {name for name, source in SOURCES.items() if not source.needs_vae}
+    if config.source is None or not without.issuperset(config.source):
+        is_missing = not Path(config.vae, "config.json").is_file()
+        if is_missing and rewards.world_of(config.model) is not None:
+            settings = vae_stage.VAEConfig(model=config.model, out=config.vae)
+            vae_stage.train(vae_stage.resolve_world(settings))
         vae = VAE.load(config.vae)
-    elif world_of(config.model) is not None:
-        vae_config = vae_stage.VAEConfig(model=config.model)
-        vae = vae_stage.train(vae_stage.resolve_world(vae_config))
     model, reader = load_policy(config.model, config.device)
     table = model.get_input_embeddings().weight.detach()
     decoder = Decoder(model, end_ids(model, reader.tokenizer))
     prompt = prompt_of(row, reader)
     sampling = Sampling(config.temperature, max_new_tokens=config.max_new_tokens)
-    print(f"question: {row['question']}    gold answer: {row.get('answer', '?')}")
+    gold = f"    gold answer: {row['answer']}" if "answer" in row else ""
+    print(f"question: {row['question']}{gold}")
     for source in config.source or ["none", *vae.domains, "prior", "noise"]:
         draws = config.draws
         if source == "none" and config.temperature == 0:
@@ -1185,9 +1200,8 @@ def main(argv=None):
         seeds = range(config.seed, config.seed + draws)
         palette = Palette(vae, table, source, config.length, not config.independent)
         prefixes = [prefix.embeddings for prefix in palette.draw_all(seeds)]
-        rows = decoder.embed([prompt] * draws, prefixes)
-        for completion in decoder.generate(rows, sampling, seeds):
-            text = reader.tokenizer.decode(completion.ids, skip_special_tokens=True)
+        _, texts = complete(decoder, reader, [prompt] * draws, prefixes, sampling, seeds)
+        for text in texts:
             print(f"{source:>8}: {text}")
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import evaluate
 import grpo
+import rewards
 import sft
 import tiny_world
 import vae as vae_script
@@ -345,7 +345,8 @@ def tiny(model, reader, vae):
 
 
 # With every tenth word an end token, random completions have uneven lengths, and some are cut off.
-MANY_ENDS = list(range(1, len(tiny_world.VOCABULARY), 10))
+# The pad word, 0, is one: as an input its embedding of zeros would have gradients beyond all others.
+MANY_ENDS = list(range(0, len(tiny_world.VOCABULARY), 10))
 
 
 def guided_of(rollouts):
@@ -461,8 +462,7 @@ def set_references(rollouts, reference, config, ranks=ALONE):
 def logits_of(model, rollout):
     """[N, V]: what predicts each completion token, by a plain forward pass of one row."""
     ids = torch.tensor(rollout.prompt.ids + rollout.completion_ids)
-    # Not by the module, which gives the pad token no gradient, where it has been sampled.
-    inputs = F.embedding(ids, model.get_input_embeddings().weight)  # [T, d]
+    inputs = model.get_input_embeddings()(ids)  # [T, d]
     if rollout.guided:
         inputs = torch.cat([rollout.prefix.embeddings, inputs])
     logits = model(inputs_embeds=inputs[None]).logits[0]
@@ -876,6 +876,14 @@ def test_every_step_samples_other_tokens(tiny):
     assert count_equal_completions(one, one[1:]) <= 1  # nor do the rollouts of a group share a seed
 
 
+def test_every_prompt_samples_other_tokens(tiny):
+    """Asked the same question twice, a group answers otherwise the second time."""
+    config = small_config(schedule=["none"], prompts=2, group=8)
+    rollouts = tiny.rollouts(config, task=one_question_task(tiny.task))
+    assert rollouts[0].prompt.ids == rollouts[8].prompt.ids
+    assert count_equal_completions(rollouts[:8], rollouts[8:]) <= 1
+
+
 def test_every_step_draws_other_latents(tiny):
     config = small_config(schedule=["constant"], prompts=1, group=16)
     sampler = tiny.sampler(config, task=one_question_task(tiny.task))
@@ -912,7 +920,7 @@ def test_rollouts_end_at_the_stop_strings_of_their_prompt_format(tiny, monkeypat
     def stop_strings(tokenizer, style):
         return [stop] if style == "few-shot" else []
 
-    monkeypatch.setattr(grpo, "stop_strings", stop_strings)
+    monkeypatch.setattr(rewards, "stop_strings", stop_strings)
     cut = tiny.rollouts(config)
     assert [rollout.text for rollout in cut] == [r.text.partition(stop)[0] for r in whole]
     assert len(cut[0].completion_ids) == 5 < len(whole[0].completion_ids)
@@ -1668,7 +1676,8 @@ def start_run(monkeypatch, policy_folder, vae, folder, schedule="linear", **chan
     monkeypatch.setattr(grpo, "train_policy", lambda *arguments: calls.append(arguments))
     vae.save(folder / "vae")
     config = small_config(schedule=[schedule], **changes)
-    stages = Stages(str(folder / "vae"), {schedule: str(policy_folder)})
+    policies = {"another": "nowhere", schedule: str(policy_folder)}
+    stages = Stages(str(folder / "vae"), policies)
     plan = RunPlan(schedule, seed=7, folder=folder / "run", settings={})
     run = Run(plan.folder, plan.settings, ALONE)
     task = first_word_task()

@@ -14,7 +14,7 @@ Run it (about 12 minutes of processor time; the same command goes on where it wa
     python tutorials/reproduce.py --quick --out /tmp/quick        # hardly trained: checks the way
     python tutorials/reproduce.py --analyse --model runs/tiny/sft
     python tutorials/reproduce.py --sweep length=1,2,4,8 beta=0.5,1,4 --model runs/tiny/sft
-    python tutorials/reproduce.py --curves runs/tiny/grpo-*
+    python tutorials/reproduce.py --curves runs/tiny/grpo-*-s*
 """
 
 import base64
