@@ -42,7 +42,6 @@ from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig
 from transformers.hf_argparser import HfArg
 
 import evaluate
@@ -62,6 +61,7 @@ from prefix import (
     completion_logprobs,
     end_ids,
     micro_batches,
+    needs_vae,
     prompt_of,
     unshard,
 )
@@ -148,7 +148,7 @@ class GRPOConfig(sft.TrainingConfig):
         help=f"one run each: {', '.join(SCHEDULES)}, or points tau:rho as in 0:1,0.5:1,0.5:0,1:0 "
         "with a jump at 0.5 (default: the world's, or two-phase)",
     )
-    source: str = HfArg(default="prior", help="of prefixes: a name in prefix.SOURCES or a domain")
+    source: str = HfArg(default="prior", help=f"{', '.join(SOURCES)}, or a domain of the VAE")
     length: int = HfArg(default=8, help="prefix rows L")
     independent: bool = HfArg(default=False, help="L independent latents instead of one tiled")
     latent_per: Literal["rollout", "prompt"] = HfArg(default="rollout", help="one z each")
@@ -272,9 +272,8 @@ def points_of(schedule):
 
     Raises ValueError if it cannot be one.
     """
-    names = ", ".join(SCHEDULES)
-    points = "points tau:rho between 0 and 1 of rising tau"
-    problem = f"--schedule '{schedule}' is none of {names}, nor {points}"
+    forms = f"{', '.join(SCHEDULES)}, nor points tau:rho between 0 and 1 of rising tau"
+    problem = f"--schedule '{schedule}' is none of {forms}"
     points = []
     for point in SCHEDULES.get(schedule, schedule).split(","):
         try:
@@ -538,9 +537,7 @@ def compare(rollouts, config):
 
     Without signal (equal rewards) it is exactly 0: no backward pass for rounding errors.
     """
-    rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(
-        -1, config.group
-    )  # [P, G]
+    rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, config.group)
     silent = (rewards == rewards[:, :1]).all(1, keepdim=True)  # [P, 1]
     values = advantages(rewards, config.advantage).masked_fill(silent, 0.0)  # [P, G]
     for rollout, value in zip(rollouts, values.flatten().tolist()):
@@ -900,25 +897,22 @@ def evaluate_policy(step, model, sampler, run, config):
 # ---- the stages before RL ------------------------------------------------------------------------
 
 
-@dataclass
-class Stages:
-    """What RL starts from."""
-
-    vae: str  # folder
-    policies: dict  # {schedule: folder of the policy it starts from}
+def vae_folder(config):
+    """Where the VAE lies, or will."""
+    return config.vae or f"{config.out}/vae"
 
 
 def prepare(config, ranks):
     """Build what is missing below RL (base model, VAE, warm-up), and wait for all ranks.
 
     What is there is used as it is, if it was made with the same settings, and refused otherwise.
+    Returns {schedule: folder of the policy that RL starts from}; that of "none" has seen no prefix.
     """
     corpus = prepare_base(config, ranks)
-    vae_folder = config.vae or f"{config.out}/vae"
     named_by_user = config.vae is not None and Path(config.vae, "config.json").is_file()
-    with stage("VAE", vae_folder, "vae.py", ranks):
+    with stage("VAE", vae_folder(config), "vae.py", ranks):
         if ranks.rank == 0 and not named_by_user:
-            vae.train(vae.VAEConfig(out=vae_folder, **corpus))
+            vae.train(vae.VAEConfig(out=vae_folder(config), **corpus))
 
     # The few-shot format is one of questions: worked answers follow no examples.
     settings = {"prompt": "plain" if config.prompt == "few-shot" else config.prompt}
@@ -930,11 +924,11 @@ def prepare(config, ranks):
         folder = f"{config.out}/sft-none" if source == "none" else f"{config.out}/sft"
         policy = f"{folder}/policy"
         if policy not in policies.values():
-            settings.update(out=folder, vae=vae_folder, source=source, lr=config.sft_lr)
+            settings.update(out=folder, source=source, lr=config.sft_lr, vae=vae_folder(config))
             with stage("warm-up", folder, "sft.py", ranks):
                 sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)
         policies[schedule] = policy
-    return Stages(vae_folder, policies)
+    return policies
 
 
 def prepare_base(config, ranks):
@@ -1004,44 +998,48 @@ def run_plans(config):
 
 def check(config, task, ranks):
     """ValueError for all that can be known to be wrong before any work."""
-    updates = ranks.world * config.minibatches
-    if config.prompts % updates:
+    if config.prompts % (ranks.world * config.minibatches):
         parts = f"{ranks.world} ranks x {config.minibatches} minibatches"
         raise ValueError(f"--prompts {config.prompts} cannot be split over {parts}")
     check_domains(config)
     base_traces = f"{config.out}/base/traces.jsonl"  # may still have to be made
     vae.check_traces(config.traces or [], config.limit, skip=[base_traces])
 
-    # Prompts: those of a world are read by its own tokenizer, before its model is made.
     world = world_of(config.model)
-    positions = None
-    if world:
-        reader = world.make_reader()
-    else:
-        model = find_model(config.model)
-        reader = vae.load_reader(model)
-        model_config = AutoConfig.from_pretrained(model)
-        positions = model_config.get_text_config().max_position_embeddings
-    rows = task.train + task.test[: max(config.eval_questions, config.closing_questions)]
-    room = config.length + config.max_new_tokens
-    check_prompts(rows, reader, task.instruction, config.prompt, room=room, positions=positions)
+    if world is None:
+        check_model(config, task, find_model(config.model))
+    elif hasattr(world, "make_reader"):  # its model may still have to be made
+        check_rows(config, task, world.make_reader())
 
     # Runs of other settings in the same folders.
-    for run_plan in run_plans(config):
-        if (run_plan.folder / "config.json").is_file() and not config.overwrite:
+    if not config.overwrite:
+        for run_plan in run_plans(config):
             sft.is_finished(run_plan.folder, run_plan.settings, config.resume)
 
 
-def check_domains(config, vae_folder=None):
+def check_model(config, task, name):
+    """ValueError for a row that this model cannot read, or has too few positions for."""
+    positions = vae.load_config(name).get_text_config().max_position_embeddings
+    check_rows(config, task, vae.load_reader(name), positions)
+
+
+def check_rows(config, task, reader, positions=None):
+    rows = task.train + task.test[: max(config.eval_questions, config.closing_questions)]
+    if task.is_grounding:  # pictures take long to read: the first must do
+        rows = rows[:256]
+    room = config.length + config.max_new_tokens
+    check_prompts(rows, reader, task.instruction, config.prompt, room=room, positions=positions)
+
+
+def check_domains(config):
     """ValueError for a --source that there is not, as far as the domains are known.
 
     They are the VAE's, if it is there; else a world's, or those that all of --traces name.
     """
-    folder = Path(vae_folder or config.vae or Path(config.out, "vae"))
     traces = config.traces or []
     domains = [spec.partition("=")[0] for spec in traces if "=" in spec]
-    if (folder / "config.json").is_file():
-        domains = vae.VAE.load(folder).domains
+    if Path(vae_folder(config), "config.json").is_file():
+        domains = vae.VAE.load(vae_folder(config)).domains
     elif not traces:
         domains = world_domains(config.model)
     elif len(domains) < len(traces):
@@ -1059,26 +1057,26 @@ def train(config):
     rewards = load_rewards(config.reward, task)
     check(config, task, ranks)
 
-    stages = prepare(config, ranks)
-    check_domains(config, stages.vae)  # now the VAE names its domains
+    policies = prepare(config, ranks)
+    check_domains(config)  # now the VAE names its domains
+    check_model(config, task, policies[config.schedule[0]])
     folders = {}
     for run_plan in run_plans(config):
         run = Run(run_plan.folder, run_plan.settings, ranks, config.resume, config.overwrite)
         folders.setdefault(run_plan.schedule, []).append(run_plan.folder)
         if not run.finished:
-            train_run(run_plan, run, task, rewards, stages, config)
+            train_run(run_plan, run, task, rewards, policies[run_plan.schedule], config)
         elif ranks.rank == 0:
             print(f"using {run_plan.folder}")
 
     ranks.close()  # the other ranks end here
     if ranks.rank != 0:
         return {}
-    return report(config, stages, folders, ranks.device)
+    return report(config, policies, folders, ranks.device)
 
 
-def train_run(run_plan, run, task, rewards, stages, config):
-    """One RL run, from the warmed-up policy of its kind."""
-    start = stages.policies[run_plan.schedule]
+def train_run(run_plan, run, task, rewards, start, config):
+    """One RL run, from the policy in the folder `start`."""
     model, reader = sft.load_trainable(start, run.ranks, config)
     reference = None
     if config.kl:
@@ -1086,8 +1084,8 @@ def train_run(run_plan, run, task, rewards, stages, config):
 
     source = "none" if run_plan.schedule == "none" else config.source
     latents = None
-    if source not in SOURCES or SOURCES[source].needs_vae:
-        latents = vae.VAE.load(stages.vae)
+    if needs_vae(source):
+        latents = vae.VAE.load(vae_folder(config))
     table = unshard(model.get_input_embeddings().weight.detach())
     palette = Palette(latents, table, source, config.length, tiled=not config.independent)
 
@@ -1147,12 +1145,9 @@ def rl_rows(figures_by_name):
     return table
 
 
-def report(config, stages, folders, device):
+def report(config, policies, folders, device):
     """The tables that close the job; returns {schedule: rl_figures}."""
     root = Path(config.out)
-    if config.closing_questions > 0:
-        report_arms(config, stages, root / "evaluation")
-
     name = f"{config.algorithm}-{config.source}"
     figures = {schedule: rl_figures(runs) for schedule, runs in folders.items()}
     named_figures = {f"{name} {schedule}": values for schedule, values in figures.items()}
@@ -1160,6 +1155,8 @@ def report(config, stages, folders, device):
     vae.write_text(root / f"{name}.json", json.dumps(figures, indent=1))
     vae.write_text(root / f"{name}.md", table + "\n")
 
+    if config.closing_questions > 0:
+        report_arms(config, policies, root / "evaluation")
     rollouts = f"{config.prompts} x {config.group} rollouts"
     print(f"\nWhat injection does in RL ({config.steps} steps of {rollouts}):\n")
     print(table)
@@ -1171,11 +1168,12 @@ def report(config, stages, folders, device):
     return figures
 
 
-def report_arms(config, stages, folder):
+def report_arms(config, policies, folder):
     """What prefixes do before RL: the arms of evaluate.py on the policy that RL started from."""
-    # The policy that has seen prefixes, where there is one.
-    policies = sorted(stages.policies.items(), key=lambda item: item[0] == "none")
-    _, policy = policies[0]
+    policy = policies[config.schedule[0]]
+    for schedule, warmed_up in policies.items():
+        if schedule != "none":  # one that has seen prefixes, where there is one
+            policy = warmed_up
     print(f"\nWhat prefixes do before RL (policy {policy}):", flush=True)
 
     task = config.task
@@ -1183,7 +1181,7 @@ def report_arms(config, stages, folder):
         task = f"{config.task}={config.test_data}"
     shared = "prompt length independent temperature top_p top_k max_new_tokens slots device"
     settings = {name: getattr(config, name) for name in shared.split()}
-    settings.update(model=policy, vae=stages.vae, task=[task], out=str(folder))
+    settings.update(model=policy, vae=vae_folder(config), task=[task], out=str(folder))
     arms = evaluate.EvaluateConfig(questions=config.closing_questions, **settings)
 
     # One of other settings is made anew: after all of RL a refusal would help nobody.

@@ -9,7 +9,7 @@ Eq. 9, `--independent` the other; in the tiny world pass@8 of the latent arm is 
 
 Run it (greedy answers to one question under several latents):
     python prefix.py                          # the tiny world; makes what is missing
-    python prefix.py --model tiny-vl          # a drawn scene; or --image PATH --prompt "box of ..."
+    python prefix.py --model tiny-vl                                   # a drawn scene
     python prefix.py --model Qwen/Qwen3-0.6B --vae runs/qwen/vae --prompt "What is 17 * 23?"
 """
 
@@ -230,6 +230,11 @@ SOURCES = {
 }
 
 
+def needs_vae(source):
+    """Whether prefixes of this source are made by a VAE: a domain's are."""
+    return source not in SOURCES or SOURCES[source].needs_vae
+
+
 def check_source(source, domains):
     """ValueError for a prefix source that there is not. domains: the names of the VAE's."""
     names = [*SOURCES, *domains]
@@ -251,8 +256,7 @@ class Palette:
         if length < 0:
             raise ValueError(f"the prefix length L must be 0 or more, not {length}")
         check_source(source, [] if vae is None else vae.domains)
-        needs_vae = source not in SOURCES or SOURCES[source].needs_vae
-        if needs_vae and vae is None:
+        if needs_vae(source) and vae is None:
             raise ValueError(f"the prefix source '{source}' needs a VAE: train one with vae.py")
         if vae is not None:
             vae.check_policy(table)
@@ -264,7 +268,7 @@ class Palette:
         self.width = table.shape[1]
         self.device = table.device
         self.token_norm = table.float().norm(dim=-1).mean().item()
-        rows_per_draw = vae.rows_per_z if needs_vae else 1
+        rows_per_draw = vae.rows_per_z if needs_vae(source) else 1
         self.draws_to_fill = math.ceil(self.length / rows_per_draw)
         self.z = None if z is None else z.view(-1, vae.latent)
         if z is not None and len(self.z) not in (1, self.draws_to_fill):
@@ -286,10 +290,6 @@ class Palette:
         times = math.ceil(self.length / len(rows))
         embeddings = rows.repeat(times, 1)[: self.length]  # [L, d]
         return replace(prefix, embeddings=embeddings.to(self.device))
-
-    def draw_all(self, seeds):
-        """One Prefix a seed."""
-        return [self.draw(seed) for seed in seeds]
 
     def decode(self, z, domain=None):
         """Latents z [draws, k] -> the Prefix that the VAE makes of them, not yet L rows long."""
@@ -433,20 +433,18 @@ DROPPED = -1e30  # logit of a filtered token: its exp is 0 and, unlike with -inf
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: the temperature, then the filters top-k, top-p and min-p."""
+    """How tokens are drawn: the temperature, then the filters top-k and top-p."""
 
     temperature: float = 1.0  # 0: greedy, and unfiltered
     top_p: float = 1.0  # keep the likeliest tokens until they sum to it
     top_k: int = 0  # keep so many of the likeliest; 0: all
-    min_p: float = 0.0  # keep tokens at least so many times as likely as the likeliest
     max_new_tokens: int = 256
 
     def __post_init__(self):
         in_range = self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0
-        in_range = in_range and 0 <= self.min_p <= 1 and self.max_new_tokens >= 1
-        if not in_range:
-            needed = "temperature >= 0, 0 < top_p <= 1, top_k >= 0, 0 <= min_p <= 1"
-            raise ValueError(f"{self} is out of range: {needed}, max_new_tokens >= 1")
+        if not in_range or self.max_new_tokens < 1:
+            needed = "temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1"
+            raise ValueError(f"{self} is out of range: {needed}")
 
 
 @dataclass
@@ -483,8 +481,7 @@ def shape_logits(logits, sampling, chosen=None):
     z = logits.float()
     if sampling.temperature not in (0, 1):
         z = z / sampling.temperature
-    filters = (sampling.top_k, sampling.top_p, sampling.min_p)
-    if sampling.temperature == 0 or filters == (0, 1, 0):
+    if sampling.temperature == 0 or (sampling.top_k == 0 and sampling.top_p == 1):
         return z
 
     k = z.shape[1]
@@ -493,8 +490,7 @@ def shape_logits(logits, sampling, chosen=None):
     ranked = z.topk(k).values  # [N, k], falling
     probs = ranked.softmax(-1)
     likelier = probs.cumsum(-1) - probs  # probability of all tokens before this one
-    keep = likelier < sampling.top_p
-    keep &= probs >= sampling.min_p * probs[:, :1]  # true, ..., true, false, ..., false
+    keep = likelier < sampling.top_p  # true, ..., true, false, ..., false
     last_kept = keep.sum(-1, keepdim=True) - 1  # [N, 1]
     drop = z < ranked.gather(1, last_kept)  # [N, V]
     if chosen is not None:
@@ -987,24 +983,21 @@ class Decoder:
         return jobs[:count], width
 
 
-def complete(
-    decoder, reader, prompts, prefixes, sampling, seeds, prompt_style="auto", progress=None
-):
-    """(completions, texts) of prompts under prefixes, cut at the stops of their format (texts_of).
+def complete(decoder, reader, prompts, prefixes, sampling, seeds, style="auto", progress=None):
+    """(completions, texts) of prompts under prefixes, cut at the stops of their format.
 
-    prompts, prefixes, seeds: one each a row; prefixes [L, d] or None. See Decoder.generate.
+    prompts, prefixes, seeds: one each a row. See Decoder.embed, Decoder.generate, texts_of.
     """
     rows = decoder.embed(prompts, prefixes)
     completions = decoder.generate(rows, sampling, seeds, progress)
-    stops = rewards.stop_strings(reader.tokenizer, prompt_style)
+    stops = rewards.stop_strings(reader.tokenizer, style)
     return texts_of(completions, reader.tokenizer, stops)
 
 
 def texts_of(completions, tokenizer, stops=()):
     """(completions, texts without special tokens), each cut at the first of the `stops` strings.
 
-    The token that completes the string is a completion's last, so all kept ones have the
-    probabilities they were sampled with; the text ends before the string.
+    The token that completes the string is a completion's last; the text ends before the string.
     """
     cut = []
     texts = []
@@ -1060,9 +1053,7 @@ class HeadLogProb(torch.autograd.Function):
         """d logp(target) / d logits = (onehot - softmax) / temperature."""
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad = grad[:, None] / (ctx.sampling.temperature or 1)  # [N, 1]
         for chunk in ctx.chunks:
             logits = hidden[chunk] @ weight.T  # [chunk, V]
@@ -1152,55 +1143,55 @@ class PrefixConfig:
     model: str = HfArg(default=rewards.DEFAULT_WORLD, help="hub name, folder, run folder or world")
     vae: str | None = HfArg(default=None, help="(default: the world's, or vae beside a run folder)")
     prompt: str | None = HfArg(default=None, help="the question (default: one of the world)")
-    image: str | None = HfArg(default=None, help="a picture, for a vision-language model")
-    device: str = HfArg(default="cpu", help="cpu, cuda or mps")
     source: list[str] | None = HfArg(default=None, help="default: none, every domain, prior, noise")
     length: int = HfArg(default=8, help="prefix rows L")
-    independent: bool = HfArg(default=False, help="independent latents instead of one tiled")
     draws: int = HfArg(default=3, help="prefixes drawn per source")
     temperature: float = HfArg(default=0.0, help="of token sampling; 0: greedy")
     max_new_tokens: int = HfArg(default=64, help="longest answer")
-    seed: int = HfArg(default=0, help="seed of the draws")
 
     def __post_init__(self):
         vae_stage.require_at_least(self, length=0, draws=1, temperature=0, max_new_tokens=1)
         is_world = rewards.world_of(self.model) is not None
-        if self.prompt is None and (self.image is not None or not is_world):
-            raise ValueError("--prompt is missing: which question should the model answer?")
+        if self.prompt is None and not is_world:
+            raise ValueError("--prompt is missing: the question")
         if self.vae is None:
             root = rewards.world_root(self.model) if is_world else Path(self.model).parent
             self.vae = f"{root}/vae"
 
 
+def vae_of(config):
+    """The VAE of the settings; that of a world is trained where it is missing."""
+    is_missing = not Path(config.vae, "config.json").is_file()
+    if is_missing and rewards.world_of(config.model) is not None:
+        settings = vae_stage.VAEConfig(model=config.model, out=config.vae)
+        return vae_stage.train(vae_stage.resolve_world(settings))
+    return VAE.load(config.vae)
+
+
 def main(argv=None):
     """Print answers to one question under prefixes of several sources."""
     config = vae_stage.parse_settings(PrefixConfig, __doc__, argv)
-    row = {"question": config.prompt, "image": config.image}
+    row = {"question": config.prompt}
     if config.prompt is None:
         row = rewards.load_task(config.model, splits=("test",)).test[0]
     vae = None
-    without = {name for name, source in SOURCES.items() if not source.needs_vae}
-    if config.source is None or not without.issuperset(config.source):
-        is_missing = not Path(config.vae, "config.json").is_file()
-        if is_missing and rewards.world_of(config.model) is not None:
-            settings = vae_stage.VAEConfig(model=config.model, out=config.vae)
-            vae_stage.train(vae_stage.resolve_world(settings))
-        vae = VAE.load(config.vae)
-    model, reader = load_policy(config.model, config.device)
+    if config.source is None or any(map(needs_vae, config.source)):
+        vae = vae_of(config)
+    sources = config.source or ["none", *vae.domains, "prior", "noise"]
+    model, reader = load_policy(config.model)
     table = model.get_input_embeddings().weight.detach()
     decoder = Decoder(model, end_ids(model, reader.tokenizer))
     prompt = prompt_of(row, reader)
     sampling = Sampling(config.temperature, max_new_tokens=config.max_new_tokens)
     gold = f"    gold answer: {row['answer']}" if "answer" in row else ""
     print(f"question: {row['question']}{gold}")
-    for source in config.source or ["none", *vae.domains, "prior", "noise"]:
+    for source in sources:
         draws = config.draws
         if source == "none" and config.temperature == 0:
             draws = 1  # all of them would be the same
-        seeds = range(config.seed, config.seed + draws)
-        palette = Palette(vae, table, source, config.length, not config.independent)
-        prefixes = [prefix.embeddings for prefix in palette.draw_all(seeds)]
-        _, texts = complete(decoder, reader, [prompt] * draws, prefixes, sampling, seeds)
+        palette = Palette(vae, table, source, config.length)
+        prefixes = [palette.draw(seed).embeddings for seed in range(draws)]
+        _, texts = complete(decoder, reader, [prompt] * draws, prefixes, sampling, range(draws))
         for text in texts:
             print(f"{source:>8}: {text}")
 

@@ -39,12 +39,12 @@ from transformers.hf_argparser import HfArg
 
 import vae as vae_file
 from prefix import (
-    SOURCES,
     Palette,
     check_source,
     completion_logprobs,
     load_policy,
     micro_batches,
+    needs_vae,
     prompt_of,
     text_model,
     unshard,
@@ -281,7 +281,15 @@ def shard_model(model, ranks, precision):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     text = text_model(model)
     for module in (*text.layers, text):
-        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=tables)
+        # Also the root: after a forward pass without a backward one (score_under) its weights would
+        # else stay gathered, beside the shards of the others.
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            ignored_params=tables,
+            reshard_after_forward=True,
+        )
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if text is not model.model:
@@ -402,9 +410,9 @@ class Run:
 
     policy/ (the finished model, which says that the run is complete) and best/ are Hugging Face
     folders. Files and folders are filled under a temporary name that is changed when they are
-    complete: a kill at any moment leaves the old or the new, never a part. Rank 0 alone writes, but
-    for checkpoints of sharded models, of which each rank writes its share; all ranks must see the
-    folder. A resumed run repeats, bit for bit, what came after the checkpoint.
+    complete: a kill at any moment leaves no part of one. Rank 0 alone writes, but for checkpoints
+    of sharded models, of which each rank writes its share; all ranks must see the folder. A resumed
+    run repeats what came after the checkpoint, on the same ranks and device bit for bit.
 
     settings: what must be the same when a run is resumed (vae.result_settings).
     overwrite: replace a run of other settings; its policy/ and best/ are kept as old-policy/ and
@@ -487,6 +495,8 @@ class Run:
             problem = None
             try:
                 step = read_checkpoint(folder, model, optimizers, self.ranks)
+            except torch.OutOfMemoryError:  # the file is good
+                raise
             except Exception as error:  # each library has its own error for a torn file
                 problem = first_line(error)
                 print(
@@ -578,9 +588,12 @@ class Run:
             return
         for folder in (*self.checkpoints(), *self.folder.glob("unreadable-checkpoint-*")):
             shutil.rmtree(folder)
+        # Of an unfinished run nothing is kept: the old policies may be those of one before it.
+        finished = (self.folder / "policy").exists()
         for name in ("policy", "best"):
-            if (self.folder / name).exists():
+            if finished and (self.folder / name).exists():
                 move(self.folder / name, self.folder / f"old-{name}")
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         for path in (*self.log_files(), self.folder / "config.json"):
             path.unlink(missing_ok=True)
 
@@ -817,7 +830,7 @@ class SFTConfig(TrainingConfig):
 
     @property
     def needs_vae(self):
-        return self.source not in SOURCES or SOURCES[self.source].needs_vae
+        return needs_vae(self.source)
 
 
 def answer_ids(trace, reader, style, max_tokens):
@@ -893,7 +906,7 @@ def warm_up(model, reader, pairs, palette, run, config):
         batch_rng = random.Random(seed_of(config.seed, "sft batch", step))
         batch = batch_rng.choices(pairs, k=config.batch)
         seeds = [seed_of(config.seed, "sft prefix", step, i) for i in range(config.batch)]
-        prefixes = [prefix.embeddings for prefix in palette.draw_all(ranks.shard(seeds))]
+        prefixes = [palette.draw(seed).embeddings for seed in ranks.shard(seeds)]
         loss_sum, answer_tokens = lm_step(
             model, ranks.shard(batch), prefixes, ranks, config.tokens_per_batch, config.precision
         )

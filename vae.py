@@ -33,6 +33,7 @@ import math
 import os
 import sys
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class VAEConfig:
         default=None,
         help="[DOMAIN=]JSONL file or [DOMAIN=]hub:DATASET[:CONFIG[:SPLIT]] (default: the world's)",
     )
-    limit: int = HfArg(default=2000, help="traces kept per source")
+    limit: int | None = HfArg(default=None, help="traces kept per source (default: 2000, or all)")
     out: str | None = HfArg(default=None, help="folder (default: the world's)", compare=False)
     overwrite: bool = HfArg(default=False, help="replace a VAE of other settings", compare=False)
 
@@ -98,7 +99,8 @@ def fill_in(config, model_config):
         epochs = 60
     latent = config.latent or latent
     epochs = config.epochs or epochs
-    return dataclasses.replace(config, decoder=decoder, latent=latent, epochs=epochs)
+    limit = config.limit or 2000
+    return dataclasses.replace(config, decoder=decoder, latent=latent, epochs=epochs, limit=limit)
 
 
 # ---- traces -------------------------------------------------------------------------------------
@@ -620,6 +622,7 @@ def train(config):
         return VAE.load(config.out)
 
     traces = load_traces(config.traces, config.limit)
+    check_counts(traces)
     vae = train_vae(config, traces, load_reader(name), load_model(name))
     print(json.dumps(read_json(path)["report"], indent=1))
     saved = f"saved {config.out}"
@@ -630,6 +633,15 @@ def train(config):
     return vae
 
 
+def check_counts(traces):
+    """ValueError for traces too few to train on, in all or of a domain."""
+    if len(traces) < 10:
+        raise ValueError(f"{len(traces)} traces are too few for a VAE: give at least 10")
+    for domain, count in Counter(trace["domain"] for trace in traces).items():
+        if count < 2:
+            raise ValueError(f"domain '{domain}' has 1 trace: a Gaussian needs at least 2")
+
+
 def train_vae(config, traces, reader, model):
     """Train on h of all traces but every tenth (held out), fit the Gaussians, save to config.out.
 
@@ -638,14 +650,9 @@ def train_vae(config, traces, reader, model):
     epoch), latents.safetensors (mu [N, k] and domain [N] of all traces).
     """
     config = fill_in(config, model.config)
+    check_counts(traces)
     domains = sorted({trace["domain"] for trace in traces})
     labels = torch.tensor([domains.index(trace["domain"]) for trace in traces])  # [N]
-    if len(traces) < 10:
-        raise ValueError(f"{len(traces)} traces are too few for a VAE: give at least 10")
-    for domain, count in zip(domains, labels.bincount()):
-        if count < 2:
-            raise ValueError(f"domain '{domain}' has 1 trace: a Gaussian needs at least 2")
-
     table = model.get_input_embeddings().weight.detach()
     rows_per_z = 8 if config.decoder == "gpt" else 1
     if rows_per_z == 1 and reader.image_processor is None:
@@ -972,8 +979,9 @@ def resolve_world(config):
     root = world_root(model)
     config = dataclasses.replace(config, model=f"{root}/base", out=config.out or f"{root}/vae")
     if not config.traces:
-        config = dataclasses.replace(config, traces=world_traces(model), limit=10**9)
-    check_traces(config.traces, config.limit, skip=world_traces(model))
+        limit = config.limit or 10**9
+        config = dataclasses.replace(config, traces=world_traces(model), limit=limit)
+    check_traces(config.traces, config.limit or 2000, skip=world_traces(model))
     find_model(model)
     return config
 

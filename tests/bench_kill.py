@@ -32,7 +32,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tutorials"))
-from grpo import GRPOConfig, RunPlan, Stages, train_run
+from grpo import GRPOConfig, RunPlan, train_run
 from rewards import load_rewards, load_task
 from sft import Ranks, Run
 from tiny_world import make_reader, make_traces
@@ -99,6 +99,7 @@ def settings_of(root):
         eval_questions=8,
         epochs=2,
         lr=3e-4,
+        vae=str(root / "vae"),
     )
 
 
@@ -112,8 +113,8 @@ def train(root, folder):
     task = load_task(config.task)
     task.train = task.train[:16]
     task.test = task.test[:8]
-    stages = Stages(vae=str(root / "vae"), policies={"linear": str(root / "start")})
-    train_run(plan, run, task, load_rewards(config.reward, task), stages, config)
+    rewards = load_rewards(config.reward, task)
+    train_run(plan, run, task, rewards, str(root / "start"), config)
 
 
 @dataclass

@@ -14,7 +14,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
-    MinPLogitsWarper,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -73,8 +72,7 @@ FILTERS = [
     {"temperature": 0.7},
     {"top_p": 0.8},
     {"top_k": 5},
-    {"min_p": 0.1},
-    {"temperature": 1.3, "top_p": 0.9, "top_k": 20, "min_p": 0.02},
+    {"temperature": 1.3, "top_p": 0.9, "top_k": 20},
 ]
 
 
@@ -443,8 +441,6 @@ def test_filters_equal_those_of_transformers(options):
         warpers.append(TopKLogitsWarper(options["top_k"]))
     if "top_p" in options:
         warpers.append(TopPLogitsWarper(options["top_p"]))
-    if "min_p" in options:
-        warpers.append(MinPLogitsWarper(options["min_p"]))
     expected = warpers(None, logits.clone()).softmax(-1)
 
     probs = shape_logits(logits, Sampling(**options)).softmax(-1)
@@ -507,9 +503,7 @@ def test_uniform_numbers_are_those_of_splitmix64():
     assert uniform(torch.tensor(0), torch.tensor([1, 2])).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.6, "top_p": 0.9, "top_k": 12, "min_p": 0.05}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_p": 0.9, "top_k": 12}], ids=str)
 def test_first_tokens_have_the_distribution_of_the_module(qwen3, options):
     """4,000 first tokens of one prompt against its softmax: a chi-square test."""
     n = 4000
@@ -645,8 +639,6 @@ def test_micro_batches_hold_every_row_once_and_as_many_as_fit():
         {"top_p": 0},
         {"top_p": 1.1},
         {"top_k": -1},
-        {"min_p": 2},
-        {"min_p": -0.1},
         {"max_new_tokens": 0},
     ],
     ids=str,

@@ -36,7 +36,6 @@ from grpo import (
     Rollout,
     RunPlan,
     Sampler,
-    Stages,
     Tokens,
     advantages,
     check,
@@ -345,7 +344,7 @@ def tiny(model, reader, vae):
 
 
 # With every tenth word an end token, random completions have uneven lengths, and some are cut off.
-# The pad word, 0, is one: as an input its embedding of zeros would have gradients beyond all others.
+# The pad word, 0, is one: its embedding, zeros, would have by far the largest gradient as an input.
 MANY_ENDS = list(range(0, len(tiny_world.VOCABULARY), 10))
 
 
@@ -1365,11 +1364,12 @@ def test_pi_old_is_the_policy_of_the_rollouts_for_every_minibatch(
     config = small_config(steps=1, prompts=8, minibatches=4, tis=2.0, lr=1e-2)
     training = run_training(tmp_path / "run", policy_folder, vae, config)
     assert len(updates) == 4
+    scored = []
     for call in updates:
-        scored = [rollout for rollout in call["rollouts"] if rollout.old_logprobs]
-        assert len(scored) > 0
-        for rollout in scored:
-            assert rollout.old_logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
+        scored += [rollout for rollout in call["rollouts"] if rollout.old_logprobs]
+    assert len(scored) > 16  # of 32 in four minibatches: others are silent
+    for rollout in scored:
+        assert rollout.old_logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
     assert training.metrics[1]["clip_share"] > 0
 
 
@@ -1549,9 +1549,8 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(world_folder, mo
     a stage of other settings would be refused."""
     monkeypatch.setattr(tiny_world, "make_policy", lambda *_, **__: None)
     monkeypatch.setattr(sft, "warm_up", no_training)
-    stages = prepare(GRPOConfig(), ALONE)
-    assert stages.vae == "runs/tiny/vae"
-    assert stages.policies == {
+    policies = prepare(GRPOConfig(), ALONE)
+    assert policies == {
         "none": "runs/tiny/sft-none/policy",
         "two-phase": "runs/tiny/sft/policy",
         "linear": "runs/tiny/sft/policy",
@@ -1562,7 +1561,7 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(world_folder, mo
     vae_script.main([])
     sft.main([])
     sft.main(["--source", "none"])
-    assert prepare(GRPOConfig(), ALONE) == stages
+    assert prepare(GRPOConfig(), ALONE) == policies
     assert read_json("runs/tiny/sft/config.json")["source"] == "prior"
     assert read_json("runs/tiny/sft-none/config.json")["source"] == "none"
 
@@ -1575,8 +1574,8 @@ def test_rank_0_makes_base_and_vae_and_all_ranks_warm_up(world_folder, monkeypat
     warm_ups = watch(monkeypatch, sft, "train")
     monkeypatch.setattr(sft, "warm_up", no_training)
     config = GRPOConfig(base_seed=3, base_steps=5, schedule=["none", "linear", "two-phase"])
-    stages = prepare(config, ALONE)
-    assert prepare(config, Ranks(1, 2, ALONE.device)) == stages
+    policies = prepare(config, ALONE)
+    assert prepare(config, Ranks(1, 2, ALONE.device)) == policies
     assert [(call["folder"], call["seed"], call["steps"]) for call in made] == [
         ("runs/tiny/base", 3, 5)
     ]
@@ -1590,7 +1589,7 @@ def test_a_vae_that_is_named_is_used_as_it_is(world_folder, vae, monkeypatch):
     monkeypatch.setattr(tiny_world, "make_policy", lambda *_, **__: None)
     monkeypatch.setattr(vae_script, "train", fail)
     monkeypatch.setattr(sft, "warm_up", no_training)
-    assert prepare(GRPOConfig(vae="mine", schedule=["linear"]), ALONE).vae == "mine"
+    prepare(GRPOConfig(vae="mine", schedule=["linear"]), ALONE)
     assert read_json("runs/tiny/sft/config.json")["vae"] == "mine"
     assert (world_folder / "mine" / "config.json").read_text() == before
 
@@ -1630,20 +1629,20 @@ def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(
 
 
 def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
-    def stages_of(config, ranks):
+    def policies_of(config, ranks):
         policies = {}
         for schedule in config.schedule:
             policies[schedule] = "plain" if schedule == "none" else "prefixed"
-        return Stages("vae", policies)
+        return policies
 
     started = {}
 
-    def start_run(plan, run, task, rewards, stages, config):
-        start = stages.policies[plan.schedule]
+    def start_run(plan, run, task, rewards, start, config):
         started[run.folder.name] = (start, plan.schedule, plan.seed)
 
     reported = []
-    monkeypatch.setattr(grpo, "prepare", stages_of)
+    monkeypatch.setattr(grpo, "prepare", policies_of)
+    monkeypatch.setattr(grpo, "check_model", lambda *arguments: None)
     monkeypatch.setattr(grpo, "train_run", start_run)
     monkeypatch.setattr(grpo, "report", lambda *arguments: reported.append(arguments))
     schedules = ["none", "linear", "0:0", "0:1,0.5:0"]
@@ -1675,13 +1674,12 @@ def start_run(monkeypatch, policy_folder, vae, folder, schedule="linear", **chan
     calls = []
     monkeypatch.setattr(grpo, "train_policy", lambda *arguments: calls.append(arguments))
     vae.save(folder / "vae")
-    config = small_config(schedule=[schedule], **changes)
-    policies = {"another": "nowhere", schedule: str(policy_folder)}
-    stages = Stages(str(folder / "vae"), policies)
+    config = small_config(schedule=[schedule], vae=str(folder / "vae"), **changes)
     plan = RunPlan(schedule, seed=7, folder=folder / "run", settings={})
     run = Run(plan.folder, plan.settings, ALONE)
     task = first_word_task()
-    train_run(plan, run, task, load_rewards(config.reward, task), stages, config)
+    rewards = load_rewards(config.reward, task)
+    train_run(plan, run, task, rewards, str(policy_folder), config)
     model, sampler, run, _, reference = calls[0]
     return StartedRun(model, sampler, run, reference)
 
@@ -1724,13 +1722,14 @@ def test_domains_are_asked_of_the_vae_as_soon_as_there_is_one(tmp_path, vae, mon
     """The VAE names the domains; without one --traces does; where the rows do, the VAE that is
     trained on them, before the first run and not after the last."""
     vae.save(tmp_path / "vae")
-    stages = Stages(str(tmp_path / "vae"), {"linear": "policy"})
     monkeypatch.setattr(grpo, "train_run", fail)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "", "answer": "so", "domain": "math"}')
     common = {"schedule": ["linear"], "out": str(tmp_path / "out")}
 
-    named = GRPOConfig(traces=[f"poetry={rows}"], vae=stages.vae, source="poetry", **common)
+    named = GRPOConfig(
+        traces=[f"poetry={rows}"], vae=str(tmp_path / "vae"), source="poetry", **common
+    )
     by_traces = GRPOConfig(traces=[f"math={rows}"], source="poetry", **common)
     by_world = GRPOConfig(source="poetry", **common)
     monkeypatch.setattr(grpo, "prepare", fail)
@@ -1739,7 +1738,12 @@ def test_domains_are_asked_of_the_vae_as_soon_as_there_is_one(tmp_path, vae, mon
             train(config)
 
     by_rows = GRPOConfig(traces=[str(rows)], source="poetry", **common)
-    monkeypatch.setattr(grpo, "prepare", lambda *_: stages)
+
+    def prepare(config, ranks):
+        vae.save(tmp_path / "out" / "vae")
+        return {"linear": "policy"}
+
+    monkeypatch.setattr(grpo, "prepare", prepare)
     with pytest.raises(ValueError, match="unknown prefix source 'poetry'.*math"):
         train(by_rows)
 
@@ -2039,3 +2043,15 @@ def test_a_prompt_for_which_the_model_has_no_positions_is_refused(policy_folder,
     )
     with pytest.raises(ValueError, match="more than the 256 positions of this model"):
         check(config, load_task("tiny"), ALONE)
+
+
+def test_a_world_whose_model_has_too_few_positions_is_refused_before_the_first_run(
+    policy_folder, tmp_path, monkeypatch
+):
+    """Its model may have to be made first: then it can be asked."""
+    monkeypatch.setattr(grpo, "prepare", lambda *_: {"linear": str(policy_folder)})
+    monkeypatch.setattr(grpo, "train_run", fail)
+    config = GRPOConfig(schedule=["linear"], length=250, out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="more than the 256 positions of this model"):
+        train(config)
+    assert not (tmp_path / "out").exists()

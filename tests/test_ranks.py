@@ -4,6 +4,7 @@ Ranks are forked from this process (gloo, on the CPU), which saves each of them 
 test runs torchrun itself.
 """
 
+import dataclasses
 import gc
 import json
 import multiprocessing
@@ -27,8 +28,8 @@ import drawn_scenes
 import grpo
 import sft
 import tiny_world
-from grpo import RunPlan, Stages, train_run
-from prefix import Decoder, Prompt, Sampling, load_policy, unshard
+from grpo import RunPlan, train_run
+from prefix import Decoder, Prompt, Sampling, completion_logprobs, load_policy, unshard
 from rewards import Task, load_rewards
 from sft import (
     Ranks,
@@ -287,6 +288,18 @@ def test_a_vision_language_model_trains_in_shares_beside_a_whole_tower(tmp_path)
         assert torch.equal(weight, before[name]) == is_frozen, name
 
 
+def score_and_step_without_loss(ranks, folder):
+    model, _ = load_trainable(folder, ranks, TrainingConfig())
+    with torch.no_grad():
+        completion_logprobs(model, [Prompt([5, 6])], [[7]], None)
+    assert apply_gradients(model, [make_optimizer(model, 1e-3)], ranks) == 0.0
+
+
+def test_weights_are_shares_again_after_a_forward_without_a_backward(policy_folder):
+    """As where pi_old is scored and no rank then trains on anything: all groups are silent."""
+    run_ranks(score_and_step_without_loss, policy_folder)
+
+
 # ---- Whole runs ----------------------------------------------------------------------------------
 
 
@@ -310,10 +323,10 @@ def half_silent_task(config):
 
 def rl(ranks, folder, vae_folder, out, config, resume=False, stop_after=None):
     """grpo.py's run on the half-silent task; stop_after: all ranks fail after so many updates."""
+    config = dataclasses.replace(config, vae=str(vae_folder))
     task = half_silent_task(config)
     rewards = load_rewards(config.reward, task)
     plan = RunPlan("linear", config.seed[0], out, {})
-    stages = Stages(str(vae_folder), {"linear": str(folder)})
     run = Run(out, {}, ranks, resume=resume)
     original = sft.apply_gradients
     updates = 0
@@ -327,7 +340,7 @@ def rl(ranks, folder, vae_folder, out, config, resume=False, stop_after=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "apply_gradients", apply_until)
-        train_run(plan, run, task, rewards, stages, config)
+        train_run(plan, run, task, rewards, str(folder), config)
 
 
 def metrics_of(out):

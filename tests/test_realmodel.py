@@ -39,7 +39,7 @@ def rows(policy):
     prompts = [prompt_of({"question": question}, reader, BOXED) for question in QUESTIONS]
     table = model.get_input_embeddings().weight.detach()
     palette = Palette(None, table, "noise", length=2)
-    prefixes = [prefix.embeddings for prefix in palette.draw_all(range(3))]
+    prefixes = [palette.draw(seed).embeddings for seed in range(3)]
     prefixes[1] = None
     return prompts, prefixes
 
