@@ -417,11 +417,14 @@ def read_samples(out):
     results = {}
     complete_lines = path.read_text().split("\n")[:-1]
     for line in complete_lines:
-        sample = json.loads(line)
-        if not {"benchmark", "arm", "row"} <= sample.keys():
-            raise ValueError(f"{path} is from another version of evaluate.py: choose another --out")
-        arms = results.setdefault(sample.pop("benchmark"), {})
-        arms.setdefault(sample.pop("arm"), []).append(sample)
+        try:
+            sample = json.loads(line)
+            arms = results.setdefault(sample.pop("benchmark"), {})
+            arms.setdefault(sample.pop("arm"), []).append(sample)
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"{path} is damaged, or of another version: choose another --out"
+            ) from None
     return results
 
 
@@ -845,7 +848,7 @@ class EvaluateConfig:
             self.out = f"{world_root(world)}/evaluation"
         if self.max_new_tokens is None:
             self.max_new_tokens = 512
-            if self.task == [world]:
+            if self.task == [world] or world_of(self.model) is not None:
                 self.max_new_tokens = world_defaults(world).get("max_new_tokens", 512)
 
         require_at_least(self, questions=1, samples=1, length=0, slots=1)

@@ -208,9 +208,10 @@ class GRPOConfig(sft.TrainingConfig):
             names = ", ".join(ALGORITHMS)
             raise ValueError(f"--algorithm '{self.algorithm}' is unknown: choose from {names}")
         self.fill_in_defaults()
+        if isinstance(self.schedule, str):
+            self.schedule = [self.schedule]
         super().__post_init__()
-        require_at_least(self, group=2)
-        require_at_least(self, steps=1, prompts=1, epochs=1, minibatches=1)
+        require_at_least(self, group=2, steps=1, prompts=1, epochs=1, minibatches=1)
         require_at_least(self, max_new_tokens=1, slots=1, eval_every=1, eval_questions=1)
         require_at_least(self, limit=1, base_steps=1)
         require_at_least(self, length=0, clip_low=0, clip_high=0, resample=0, tis=0, kl=0, lr=0)

@@ -54,7 +54,7 @@ REVERSE = """
         if row["finish"] == "length":
             return {"accuracy": 0}
         right = completion.strip().lower() == row["answer"]
-        return {"accuracy": right, "length": len(completion)}
+        return {"accuracy": right, "letters": len(completion)}
 
     def answer(completion, row):
         return completion.strip() or None
@@ -87,9 +87,9 @@ def test_a_task_file_is_all_that_a_task_needs(reverse):
 def test_the_judge_gives_floats_by_the_same_names_every_time(reverse):
     task = load_task(reverse, splits=("test",))
     row = task.test[0]
-    assert task.reward_names == ("accuracy", "length")
-    assert task.judge("Tab", row) == {"accuracy": 1.0, "length": 3.0}
-    assert task.judge("Tab", row, finish="length") == {"accuracy": 0.0, "length": 0.0}
+    assert task.reward_names == ("accuracy", "letters")
+    assert task.judge("Tab", row) == {"accuracy": 1.0, "letters": 3.0}
+    assert task.judge("Tab", row, finish="length") == {"accuracy": 0.0, "letters": 0.0}
     assert all(type(value) is float for value in task.judge("Tab", row).values())
 
 
@@ -147,15 +147,17 @@ def test_a_judge_of_its_own_needs_no_answers(tmp_path):
     assert task.judge("a\nb\nc", task.test[0]) == {"accuracy": 1.0}
 
 
-def test_a_judge_that_measures_overlap_makes_a_grounding_task(tmp_path):
+def test_a_judge_of_overlap_in_pictures_makes_a_grounding_task(tmp_path):
     file = """
         def load(split, seed=0):
-            return [{"question": "where?", "answer": "[0, 0, 1, 1]"}]
+            return [{"question": "where?", "answer": "[0, 0, 1, 1]", "image": "a.png"}]
 
         def judge(completion, row):
             return {"accuracy": 0, "iou": 0.25}
     """
     assert load_task(write(tmp_path, "where.py", file)).is_grounding
+    without = file.replace(', "image": "a.png"', "")  # there is no picture to draw boxes in
+    assert not load_task(write(tmp_path, "when.py", without)).is_grounding
 
 
 LOAD = "def load(split, seed=0):\n    return "
@@ -585,6 +587,17 @@ def test_rewards_that_do_not_exist_or_weigh_nothing_are_refused(task, items, mes
         load_rewards(items, task)
 
 
+@pytest.mark.parametrize("name", ["step", "reward", "length", "row"])
+def test_a_name_that_would_hide_one_of_ours_is_refused(task, tmp_path, name):
+    """metrics.jsonl and samples.jsonl have fields of such names; resume reads some of them."""
+    file = LOAD + ROW + JUDGE + f"{{'accuracy': 1, '{name}': 2}}\n"
+    with pytest.raises(ValueError, match=f"'{name}'.* metrics of our own"):
+        load_task(write(tmp_path, "hiding.py", file))
+    path = write(tmp_path, "hide.py", f"def {name}(completions, **columns):\n    return [1.0]\n")
+    with pytest.raises(ValueError, match=f"there is a reward '{name}' already"):
+        load_rewards([f"{path}:{name}=1"], task)
+
+
 def test_names_of_reward_functions_are_theirs_alone(task, tmp_path, functions):
     path = write(tmp_path, "clash.py", "def accuracy(completions, **columns):\n    return []\n")
     with pytest.raises(ValueError, match="there is a reward 'accuracy' already"):
@@ -597,8 +610,8 @@ def test_names_of_reward_functions_are_theirs_alone(task, tmp_path, functions):
 
 def test_numbers_of_a_task_files_judge_are_rewards_by_their_names(reverse):
     task = load_task(reverse)
-    assert load_rewards(["length=0.1"], task) == [Reward("length", 0.1)]
-    with pytest.raises(ValueError, match="choose from accuracy, length, overlong"):
+    assert load_rewards(["letters=0.1"], task) == [Reward("letters", 0.1)]
+    with pytest.raises(ValueError, match="choose from accuracy, letters, overlong"):
         load_rewards(["format=1"], task)
 
 

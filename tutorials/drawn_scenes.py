@@ -308,7 +308,9 @@ def make_model(seed=0):
     """A Qwen2.5-VL of 2 layers and width 128, with a vision tower of 1 layer and width 64,
     untrained."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     text = {
         "vocab_size": len(VOCABULARY),

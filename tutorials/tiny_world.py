@@ -678,7 +678,7 @@ class TinyWorldConfig:
     show: bool = HfArg(default=False, help="print examples, train nothing", compare=False)
 
     def __post_init__(self):
-        require_at_least(self, steps=1, batch=1, length=2, save_every=1)
+        require_at_least(self, steps=1, batch=1, length=8, save_every=1)  # titles have up to 8
 
 
 def show_examples(seed):
