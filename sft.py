@@ -166,6 +166,7 @@ class Ranks:
 
     def close(self):
         """End what the ranks do together: from here on each is alone, and may end."""
+        self.wait()  # one that ends while another still talks to it can take that one down
         if self.world > 1:
             dist.destroy_process_group()
 

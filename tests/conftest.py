@@ -3,6 +3,7 @@
 Nothing here downloads or trains for long; every folder is pytest's own.
 """
 
+import sys
 import threading
 
 import pytest
@@ -53,3 +54,14 @@ def vae(tmp_path_factory, traces, reader):
     """A VAE on the embedding table of that model."""
     config = VAEConfig(out=str(tmp_path_factory.mktemp("vae")), epochs=20)
     return train_vae(config, traces, reader, make_model(seed=1))
+
+
+@pytest.fixture(autouse=True)
+def task_files_of_this_test_alone():
+    """rewards.load_file registers a user's file by its stem: the next test may have a namesake."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if "pytest-of-" in str(getattr(module, "__file__", None)):
+            del sys.modules[name]
