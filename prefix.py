@@ -25,7 +25,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
 from transformers.hf_argparser import HfArg
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import rewards
 import vae as vae_stage
@@ -504,10 +507,25 @@ def sample(logits, u, sampling):
     if sampling.temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # [N, 1]
     else:
-        cdf = probs.cumsum(-1)
-        threshold = u[:, None] * cdf[:, -1:]
-        token = torch.searchsorted(cdf, threshold, right=True)  # [N, 1]: the first with cdf > it
+        token = invert_cdf(probs, probs.cumsum(-1), u)
     return token[:, 0], probs.gather(1, token)[:, 0].log()
+
+
+def invert_cdf(probs, cdf, u):
+    """The first token [N, 1] whose cdf [N, V] is above u [N] times its end; its probability is > 0.
+
+    A sum in parallel rounds apart, so that a GPU's cdf may rise, or fall, over tokens that cannot
+    be drawn. A CPU adds from left to right.
+    """
+    if cdf.device.type != "cpu":
+        cdf = rising(probs, cdf)
+    threshold = u[:, None] * cdf[:, -1:]
+    return torch.searchsorted(cdf, threshold, right=True)
+
+
+def rising(probs, cdf):
+    """A cdf [N, V] that never falls, and stands still where the probability is 0."""
+    return cdf.masked_fill(probs == 0, 0).cummax(-1).values
 
 
 @torch.no_grad()
@@ -581,25 +599,96 @@ def is_cpu_fp32(x):
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+# Which library multiplies is a rule, not a measurement at start: they round differently, and a
+# resumed run must repeat to the bit. On AMD (Zen 4 and 5, measured) torch's products in fp32 do
+# without AVX-512, and reorder the matrix in each call. oneDNN's use it, and can be given a matrix
+# in their own order; for small ones its calls cost more than they save.
+ONEDNN_FROM = 2**16  # numbers of a matrix
+IS_AMD = torch.cpu.get_capabilities().get("cpu_name", "").startswith("AMD")
+
+
+def linear(x, weight, bias=None):
+    """F.linear: x [..., in], weight [out, in], bias [out] -> [..., out], by the faster library."""
+    if weight.is_mkldnn:  # in oneDNN's order
+        return onednn_product(x, weight, bias)
+    if OneDNNLinear.serves(x, weight):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def onednn_product(x, weight, bias=None):
+    """As F.linear, without a gradient: an operator that torch.compile writes, too."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def can_reorder(weight):
+    """Whether products with a weight that stays as it is are faster in oneDNN's order."""
+    if weight.device.type != "cpu" or weight.numel() < ONEDNN_FROM:
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # a build of torch without oneDNN
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """fp32 linear layers whose three products, forward and backward, are oneDNN's."""
+
+    @staticmethod
+    def serves(x, weight):
+        """Whether it is the faster one: on AMD, for fp32 that is not to be rounded."""
+        if not IS_AMD or not can_reorder(weight):
+            return False
+        return x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn_product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_of_rows = grad.flatten(0, -2)  # [N, out]
+        grad_x = None
+        if needs_x:
+            grad_x = onednn_product(grad, weight.T.contiguous())
+        grad_weight = None
+        if needs_weight:
+            rows = x.flatten(0, -2)  # [N, in]
+            grad_weight = onednn_product(grad_of_rows.T.contiguous(), rows.T.contiguous())
+        grad_bias = None
+        if needs_bias:
+            grad_bias = grad_of_rows.sum(0)
+        return grad_x, grad_weight, grad_bias
+
+
+class FastLinear(torch.nn.Linear):
+    """torch.nn.Linear by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def use_fast_linears(model):
+    """Let the layers of a policy that is trained whole, not in shards, multiply by `linear`."""
+    for module in text_model(model).layers.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = FastLinear
+
+
 @dataclass
 class PackedLinear:
     """Linear layers that read the same input, as one matrix product."""
 
-    tiles: torch.Tensor  # the matrix [tiles, in, out / tiles]
+    weight: torch.Tensor  # [out, in], in the order that is fastest
     bias: torch.Tensor | None  # [out]
 
     def __call__(self, x):
         """x [N, in] -> [N, out]."""
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            y = (self.tiles[0].T @ x.T).T  # faster for few rows, and stays transposed in memory
-        elif len(self.tiles) == 1:
-            y = x @ self.tiles[0]
-        else:
-            products = torch.bmm(x.expand(len(self.tiles), -1, -1), self.tiles)  # [tiles, N, part]
-            y = products.transpose(0, 1).flatten(1)
-        if self.bias is None:
-            return y
-        return y + self.bias
+        return linear(x, self.weight, self.bias)
 
 
 def pack(dtype, *linears):
@@ -610,16 +699,12 @@ def pack(dtype, *linears):
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([unshard(linear.bias).to(dtype) for linear in linears])
-    if not is_cpu_fp32(weight):
-        return PackedLinear(weight.T[None], bias)
-    # Few rows times a large matrix are up to twice as fast by tiles that fit the CPU's cache.
-    tile = len(weight)
-    if weight.numel() > 2**19:
-        for size in (64, 128, 192, 256):
-            if len(weight) % size == 0:
-                tile = size
-    tiles = weight.view(-1, tile, weight.shape[1]).mT.contiguous()  # [tiles, in, tile]
-    return PackedLinear(tiles, bias)
+    if can_reorder(weight):
+        rows_of_a_step = 64
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_of_a_step)
+    elif is_cpu_fp32(weight):
+        weight = weight.T.contiguous().T  # columns in memory: a little faster
+    return PackedLinear(weight, bias)
 
 
 @dataclass
@@ -809,7 +894,9 @@ class Decoder:
         if is_cpu_fp32(x):  # half the time of F.rms_norm
             mean_square = torch.linalg.vecdot(x, x) / x.shape[-1]
             return x * (mean_square + eps).rsqrt_()[..., None] * weight
-        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+        if weight.dim() == 1:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return F.rms_norm(x, x.shape[-1:], eps=eps) * weight  # of each head
 
     def _layers(self, x, cos, sin, attend):
         """Inputs x [N, d], cosine and sine [N, D] -> hidden states [N, d].
@@ -819,17 +906,16 @@ class Decoder:
         cos = cos[:, None]  # [N, 1, D]: for all heads
         sin = sin[:, None]
         for layer, block in enumerate(self.blocks):
-            # contiguous: where PackedLinear left its product transposed
-            y = block.qkv(self._norm(x, block.norm1)).contiguous()
+            y = block.qkv(self._norm(x, block.norm1))
             y = y.view(len(x), -1, self.head_dim)  # [N, H + 2 KV, D]
             qk, v = y.split([self.heads + self.kv_heads, self.kv_heads], 1)
             if block.qk_norm is not None:
                 qk = self._norm(qk, block.qk_norm)
             qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
             y = attend(qk[:, : self.heads], qk[:, self.heads :], v, layer)
-            x = x + block.out(y.reshape(len(x), -1)).contiguous()
+            x = x + block.out(y.reshape(len(x), -1))
             gate, up = block.gate_up(self._norm(x, block.norm2)).chunk(2, -1)  # [N, ffn] each
-            x = x + block.down(F.silu(gate) * up).contiguous()
+            x = x + block.down(F.silu(gate) * up)
         return x
 
     def _admit(self, new, jobs, sampling):
@@ -845,10 +931,12 @@ class Decoder:
                 donor[job.row.key] = first + len(fresh)
                 fresh.append(job)
 
-        # The groups are neighbours, as the queue is sorted by length.
+        # Rows that are prefilled together must be neighbours in the slots: so they are, because the
+        # queue hands out the longest rows first, and micro_batches keeps that order.
         lengths = [job.row.length for job in fresh]
         tokens_at_once = 16384 if self.cuda else 512
         for group in micro_batches(lengths, tokens_at_once):
+            assert group == list(range(group[0], group[0] + len(group))), "rows are out of order"
             self._prefill(first + group[0], [fresh[number].row for number in group])
 
         width = max(job.row.length for job in new)
@@ -940,7 +1028,8 @@ class Decoder:
         if self.fixed:
             n = min(self.slots, 1 << (n - 1).bit_length())  # the next power of two
             width = min(self.columns, math.ceil(width / 256) * 256)
-        size = (n, width, sampling)
+        # One graph serves calls of every max_new_tokens: a step does not read it.
+        size = (n, width, replace(sampling, max_new_tokens=1))
         if size not in self.graphs:
             self._step(*size)
             if self.cuda:
@@ -1038,26 +1127,32 @@ class HeadLogProb(torch.autograd.Function):
         size = max(1, CHUNK // len(weight))
         ctx.chunks = [slice(start, start + size) for start in range(0, len(hidden), size)]
         ctx.sampling = sampling
+        probs_of_only_chunk = None  # kept for backward, which needs as much memory anyway
         for chunk in ctx.chunks:
-            logits = hidden[chunk] @ weight.T  # [chunk, V]
+            logits = linear(hidden[chunk], weight)  # [chunk, V]
             logp = shape_logits(logits, sampling, targets[chunk]).log_softmax(-1)
             logprobs[chunk] = logp.gather(1, targets[chunk, None])[:, 0]
+            if len(ctx.chunks) == 1:
+                probs_of_only_chunk = logp.exp()
             if with_entropy:
-                entropy[chunk] = -torch.linalg.vecdot(logp.exp(), logp)
-        ctx.save_for_backward(hidden, weight, targets)
+                probs = logp.exp() if probs_of_only_chunk is None else probs_of_only_chunk
+                entropy[chunk] = -torch.linalg.vecdot(probs, logp)
+        ctx.save_for_backward(hidden, weight, targets, probs_of_only_chunk)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
         """d logp(target) / d logits = (onehot - softmax) / temperature."""
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, probs_of_only_chunk = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad = grad[:, None] / (ctx.sampling.temperature or 1)  # [N, 1]
         for chunk in ctx.chunks:
-            logits = hidden[chunk] @ weight.T  # [chunk, V]
-            probs = shape_logits(logits, ctx.sampling, targets[chunk]).softmax(-1)
+            probs = probs_of_only_chunk
+            if probs is None:
+                logits = linear(hidden[chunk], weight)  # [chunk, V]
+                probs = shape_logits(logits, ctx.sampling, targets[chunk]).softmax(-1)
             grad_logits = probs.neg_()
             grad_logits.scatter_add_(1, targets[chunk, None], torch.ones_like(grad[chunk]))
             grad_logits = grad_logits.mul_(grad[chunk]).to(weight.dtype)
@@ -1068,14 +1163,15 @@ class HeadLogProb(torch.autograd.Function):
 
 
 def completion_logprobs(
-    model, prompts, completions, prefixes, sampling=Sampling(), with_entropy=True
+    model, prompts, completions, prefixes, sampling=Sampling(), with_entropy=True, share=True
 ):
     """Log-probs [N] and entropies [N] (or None) of all N completion tokens, row after row.
 
     prompts: Prompts. completions: their token ids. prefixes: [L, d] or None each, or None. By the
-    Hugging Face module, so gradients reach weights and prefixes (not through the entropy). Memory
-    is that of right-padded hidden states [B, T, d], never of logits [B, T, V]; split a long batch
-    by `micro_batches` first.
+    Hugging Face module, so gradients reach weights and prefixes (not through the entropy). share:
+    what rows have in common is computed once; without, plainly, which gives the same. Memory is
+    that of right-padded hidden states [B, T, d], never of logits [B, T, V]; split a long batch by
+    `micro_batches` first.
     """
     check_model(model)
     if len(completions) != len(prompts):
@@ -1084,22 +1180,33 @@ def completion_logprobs(
         prompts = [Prompt([0, 0])]
         completions = [[]]
         prefixes = None
+    stems = stems_of(prompts, prefixes)
     prefixes = check_rows(model, prompts, prefixes)
-    hidden = hidden_states(model, prompts, completions, prefixes)  # [B, T, d]
+    x, positions = training_inputs(model, prompts, completions, prefixes)  # [B, T, d]
+    B, T, _ = x.shape
 
-    # One entry a completion token: the hidden state at (row, column) predicts the target.
-    row = []
-    column = []
+    # One entry a completion token: the hidden state at this place of the B * T predicts the target.
+    places = []
     targets = []
-    for number, (prefix, prompt, completion) in enumerate(zip(prefixes, prompts, completions)):
+    lengths = []
+    for row, (prefix, prompt, completion) in enumerate(zip(prefixes, prompts, completions)):
         before_first = len(prefix) + len(prompt.ids) - 1  # the last token of the prompt
-        for i, token in enumerate(completion):
-            row.append(number)
-            column.append(before_first + i)
-            targets.append(token)
-    row, column, targets = torch.tensor([row, column, targets], device=hidden.device).long()
+        first_place = row * T + before_first
+        places += range(first_place, first_place + len(completion))
+        targets += completion
+        lengths.append(before_first + len(completion))
+    places = torch.tensor(places, dtype=torch.long, device=x.device)  # [N]
+    targets = torch.tensor(targets, dtype=torch.long, device=x.device)  # [N]
 
-    hidden = hidden[row, column]  # [N, d]
+    if share and len(set(stems)) < B:
+        sharing = share_stems(stems, lengths, x.device)
+        hidden = shared_hidden_states(model, x, positions, sharing)  # [S, d]
+        places = sharing.place.flatten()[places]
+    else:
+        output = text_model(model)(inputs_embeds=x, position_ids=positions, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)  # [B T, d]
+    hidden = F.embedding(places, hidden)  # [N, d]; its backward adds in a fixed order
+
     weight = unshard(model.get_output_embeddings().weight)  # [V, d]
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -1109,10 +1216,11 @@ def completion_logprobs(
     return logprobs, entropy if with_entropy else None
 
 
-def hidden_states(model, prompts, completions, prefixes):
-    """Hidden states [B, T, d] of [prefix | prompt | completion | pads], but the last token's.
+def training_inputs(model, prompts, completions, prefixes):
+    """Inputs [B, T, d] and rotary positions (None, or [3, B, T]) of rows without their last token.
 
-    Right pads follow all that counts, so causality hides them: no mask.
+    A row is [prefix | prompt | completion | pads]; pads follow all that counts, so causality hides
+    them: no mask.
     """
     table = unshard(model.get_input_embeddings().weight)  # [V, d]
     ids = []
@@ -1122,14 +1230,102 @@ def hidden_states(model, prompts, completions, prefixes):
     for prefix, x in zip(prefixes, embed_tokens(model, table, ids, prompts)):
         inputs.append(torch.cat([prefix.to(table.dtype), x]))
     x = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # [B, T, d]
-    positions = None
-    if sees_images(model):
-        positions = []
-        for prompt, completion, prefix in zip(prompts, completions, prefixes):
-            positions.append(rotary_positions(model, prompt, len(prefix), len(completion)))
-        positions = pad_positions(positions)[:, :, :-1].to(x.device)  # [3, B, T]
-    output = text_model(model)(inputs_embeds=x, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
+    if not sees_images(model):
+        return x, None
+    positions = []
+    for prompt, completion, prefix in zip(prompts, completions, prefixes):
+        positions.append(rotary_positions(model, prompt, len(prefix), len(completion)))
+    return x, pad_positions(positions)[:, :, :-1].to(x.device)  # [3, B, T]
+
+
+# ---- What the rows of a group have in common, computed once --------------------------------------
+# The rollouts of a group that have the same prefix, or none, begin alike: their *stem*, the prefix
+# and all of the prompt but its last token. All tokens of a micro-batch stand in one row then, each
+# stem once and no pads, and go through the layers. Attention alone sees rows as they were.
+
+
+@dataclass
+class Sharing:
+    """B rows of up to T tokens as one row of S tokens."""
+
+    place: torch.Tensor  # [B, T]: where a row's token stands among the S; 0 for a pad
+    source: torch.Tensor  # [S]: which of the B * T tokens stands there, a stem's in its first row
+
+
+def stems_of(prompts, prefixes):
+    """For each row what must be equal where its stem is, and the stem's length."""
+    if prefixes is None:
+        prefixes = [None] * len(prompts)
+    stems = []
+    for prompt, prefix in zip(prompts, prefixes):
+        length = len(prompt.ids) - 1
+        if prefix is not None:
+            length += len(prefix)
+        stems.append((tuple(prompt.ids), id(prompt.image), id(prefix), length))
+    return stems
+
+
+def share_stems(stems, lengths, device):
+    """The Sharing of rows of these lengths, the stem included."""
+    T = max(lengths)
+    first = {}  # where a stem begins among the S tokens
+    place = []
+    source = []
+    for row, (stem, length) in enumerate(zip(stems, lengths)):
+        stem_length = stem[-1]
+        if stem not in first:
+            first[stem] = len(source)
+            source += range(row * T, row * T + stem_length)
+        place_of_row = list(range(first[stem], first[stem] + stem_length))
+        place_of_row += range(len(source), len(source) + length - stem_length)
+        source += range(row * T + stem_length, row * T + length)
+        place.append(place_of_row + [0] * (T - length))
+    return Sharing(torch.tensor(place, device=device), torch.tensor(source, device=device))
+
+
+def shared_hidden_states(model, x, positions, sharing):
+    """Hidden states [S, d] of inputs [B, T, d] under a Sharing."""
+    B, T, width = x.shape
+    x = x.view(B * T, width)[sharing.source][None]  # [1, S, d]
+    if positions is None:
+        positions = (sharing.source % T)[None]  # [1, S]
+    else:
+        positions = positions.flatten(1)[:, None, sharing.source]  # [3, 1, S]
+    text = text_model(model)
+    text.config._attn_implementation = "shared"  # for good: checkpointing calls it in backward, too
+    no_mask = x.new_empty(1, 1, 1, 1)  # so that transformers makes none
+    output = text(
+        inputs_embeds=x,
+        position_ids=positions,
+        attention_mask=no_mask,
+        use_cache=False,
+        sharing=sharing,
+    )
+    return output.last_hidden_state[0]
+
+
+def shared_attention(module, q, k, v, mask, sharing=None, **options):
+    """Causal attention within rows: q [1, H, S, D], k and v [1, KV, S, D] -> [1, S, H, D], None.
+
+    Where nothing is shared it is transformers' own.
+    """
+    if sharing is None:
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    def rows(x):  # [1, H, S, D] -> [B, H, T, D]
+        heads, _, dim = x.shape[1:]
+        tokens = x[0].transpose(0, 1).flatten(1)  # [S, H D]
+        return F.embedding(sharing.place, tokens).unflatten(-1, (heads, dim)).transpose(1, 2)
+
+    y = F.scaled_dot_product_attention(
+        rows(q), rows(k), rows(v), is_causal=True, scale=options["scaling"], enable_gqa=True
+    )
+    y = y.transpose(1, 2).flatten(0, 1)  # [B T, H, D]
+    return y[sharing.source][None], None
+
+
+AttentionInterface.register("shared", shared_attention)
+AttentionMaskInterface.register("shared", sdpa_mask)
 
 
 # --------------------------------------------------------------------------------------------------

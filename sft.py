@@ -48,6 +48,7 @@ from prefix import (
     prompt_of,
     text_model,
     unshard,
+    use_fast_linears,
 )
 from rewards import (
     DEFAULT_WORLD,
@@ -240,6 +241,8 @@ def load_trainable(name, ranks, config):
             layer.training = True
     if ranks.fsdp:
         shard_model(model, ranks, config.precision)
+    else:
+        use_fast_linears(model)
     return model, reader
 
 
@@ -255,6 +258,8 @@ def load_reference(name, model, ranks, config):
     reference.requires_grad_(False)
     if ranks.fsdp:
         shard_model(reference, ranks, config.precision)
+    else:
+        use_fast_linears(reference)  # rounds as the trained policy does
     for weight, trained in zip(reference.parameters(), model.parameters()):
         if not trained.requires_grad:
             weight.data = trained.data

@@ -382,21 +382,54 @@ def test_refresh_takes_the_new_weights_and_buffers_grow():
     compare(prompts, prefixes, 60)
 
 
-@pytest.mark.parametrize("columns, tiles", [([1024, 512, 512], 8), ([2112], 11), ([1999], 1)])
-def test_a_product_by_tiles_keeps_its_columns_in_order(columns, tiles):
-    """A large fp32 matrix is packed as tiles (none divides 1999); biases stay with their column."""
-    linears = [torch.nn.Linear(512, count) for count in columns]
-    x = torch.randn(5, 512)
-    packed = pack(torch.float32, *linears)
-    assert packed.tiles.shape == (tiles, 512, sum(columns) // tiles)
+needs_onednn = pytest.mark.skipif(
+    not prefix_file.can_reorder(torch.empty(512, 512)), reason="needs a CPU with AVX-512 and oneDNN"
+)
+
+
+@pytest.mark.parametrize("smallest", [0, 10**9], ids=["oneDNN", "torch"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_packed_layers_keep_their_columns_in_order(dtype, tolerance, smallest, monkeypatch):
+    """Whichever library multiplies; biases stay with their column."""
+    monkeypatch.setattr(prefix_file, "ONEDNN_FROM", smallest)
+    linears = [torch.nn.Linear(64, columns) for columns in (96, 32, 32)]
+    x = torch.randn(5, 64)
     expected = torch.cat([linear(x) for linear in linears], 1)
-    assert (packed(x) - expected).abs().max() < 1e-5
+    packed = pack(dtype, *linears)
+    if smallest > 0:
+        assert not packed.weight.is_mkldnn
+    with torch.inference_mode():
+        assert (packed(x.to(dtype)) - expected).abs().max() < tolerance
 
 
-def test_bfloat16_is_packed_as_one_matrix_without_a_bias():
-    packed = pack(torch.bfloat16, torch.nn.Linear(512, 2112, bias=False))
-    assert packed.tiles.shape == (1, 512, 2112)
-    assert packed.bias is None
+def test_packed_layers_without_a_bias_have_none():
+    assert pack(torch.float32, torch.nn.Linear(8, 8, bias=False)).bias is None
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", MODELS)
+def test_by_onednn_too_greedy_tokens_are_those_of_transformers(name, monkeypatch):
+    monkeypatch.setattr(prefix_file, "ONEDNN_FROM", 0)
+    model = build(name)
+    prompts, prefixes = make_rows(20)
+    decoder = Decoder(model, slots=8)
+    rows = decoder.embed(prompts, prefixes)
+    assert decoder.blocks[0].qkv.weight.is_mkldnn
+    completions = decoder.generate(rows, Sampling(temperature=0, max_new_tokens=12))
+    assert ids_of(completions) == transformers_greedy(model, prompts, prefixes, 12)
+
+
+def test_rows_that_come_out_of_order_are_refused(qwen3):
+    """Rows of one prefill stand side by side in the slots, because the longest come first."""
+    decoder = Decoder(qwen3)
+    lengths = [20, 400, 30]
+    rows = decoder.embed([Prompt([7 + i] * length) for i, length in enumerate(lengths)])
+    decoder._reserve(500, len(rows))
+    jobs = list(decoder._queue(rows, range(3)))
+    assert [job.row.length for job in jobs] == [400, 30, 20]
+    decoder._admit(jobs, [], Sampling())
+    with pytest.raises(AssertionError, match="out of order"):
+        decoder._admit([jobs[1], jobs[0], jobs[2]], [], Sampling())
 
 
 def test_bfloat16_matches_the_module():
@@ -472,6 +505,25 @@ def test_only_kept_tokens_come_out_at_both_ends_of_u(u):
     likeliest = logits.topk(3).indices  # [50, 3]
     assert (token[:, None] == likeliest).any(1).all()
     assert logprob.isfinite().all()
+
+
+def test_a_sum_that_is_not_flat_over_filtered_tokens_draws_none_of_them():
+    """As a GPU's parallel sum may be: it rises, or falls, where the probability is 0."""
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.0, 0.5, 0.0, 0.25, 0.0]])
+    cdf = torch.tensor([[1e-7, 0.25, 0.2500001, 0.2499999, 0.75, 0.7500001, 0.9999999, 1.0]])
+    for u in (0.0, 0.25, 0.2500001, 0.75, 0.7500001, 0.99999994):
+        rising_cdf = prefix_file.rising(probs, cdf)
+        threshold = torch.tensor([[u]]) * rising_cdf[:, -1:]
+        token = torch.searchsorted(rising_cdf, threshold, right=True)
+        assert probs[0, token.item()] > 0
+    assert prefix_file.rising(probs, cdf).tolist()[0][1:4] == [0.25] * 3
+
+
+def test_a_cpu_sum_is_flat_over_filtered_tokens():
+    """So that it needs no mending."""
+    probs = shape_logits(torch.randn(50, 3000), Sampling(top_p=0.6)).softmax(-1)
+    cdf = probs.cumsum(-1)
+    assert torch.equal(cdf, prefix_file.rising(probs, cdf))
 
 
 def test_uniform_numbers_are_uniform_and_do_not_go_together():
@@ -554,13 +606,14 @@ def test_the_token_that_was_sampled_is_always_kept():
     assert (kept.sum(-1) <= 3).all()
 
 
+@pytest.mark.parametrize("chunk", [7 * VOCABULARY_SIZE, 2**25], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize(
     "name, frozen_head, top_p",
     [("qwen3", False, 1.0), ("qwen2", False, 1.0), ("qwen2", True, 1.0), ("qwen3", False, 0.9)],
     ids=["tied", "untied", "frozen head", "filter"],
 )
-def test_gradients_equal_plain_autograd(name, frozen_head, top_p, monkeypatch):
-    """Of weights and prefixes; with many small chunks of the head, and a row without completion."""
+def test_gradients_equal_plain_autograd(name, frozen_head, top_p, chunk, monkeypatch):
+    """Of weights and prefixes; also with small chunks of the head, and a row without completion."""
     model = build(name)
     model.lm_head.weight.requires_grad_(not frozen_head)
     sampling = Sampling(temperature=0.7, top_p=top_p)
@@ -572,7 +625,7 @@ def test_gradients_equal_plain_autograd(name, frozen_head, top_p, monkeypatch):
     completions = ids_of(decode(model, prompts, prefixes, Sampling(max_new_tokens=9), range(9)))
     completions[2] = []
 
-    monkeypatch.setattr(prefix_file, "CHUNK", 7 * VOCABULARY_SIZE)
+    monkeypatch.setattr(prefix_file, "CHUNK", chunk)
     logprobs, entropy = completion_logprobs(model, prompts, completions, prefixes, sampling)
     assert not entropy.requires_grad
     weights = torch.randn(len(logprobs))
@@ -583,6 +636,119 @@ def test_gradients_equal_plain_autograd(name, frozen_head, top_p, monkeypatch):
     expected = torch.autograd.grad((plain * weights).sum(), leaves)
     for gradient, other in zip(gradients, expected):
         assert (gradient - other).abs().max() <= 1e-4 * max(1, other.abs().max())
+
+
+def make_groups():
+    """Three groups of four rollouts: unguided, under one prefix, half of each; with completions."""
+    generator = torch.Generator().manual_seed(7)
+    prompts, prefixes, completions = [], [], []
+    common = 0.5 * torch.randn(4, WIDTH, generator=generator)
+    guides = [[None] * 4, [common] * 4, [None, None, common + 0.1, common - 0.1]]
+    for length, guides_of_group in zip((12, 1, 7), guides):
+        ids = torch.randint(6, VOCABULARY_SIZE, (length,), generator=generator).tolist()
+        for i, prefix in enumerate(guides_of_group):
+            prompts.append(Prompt(ids))
+            prefixes.append(prefix)
+            completions.append(torch.randint(6, 90, (1 + 5 * i,), generator=generator).tolist())
+    completions[5] = []
+    order = torch.randperm(12, generator=generator).tolist()  # groups need not stand together
+    return (
+        [prompts[i] for i in order],
+        [prefixes[i] for i in order],
+        [completions[i] for i in order],
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shared_prompt_computed_once_gives_the_same(name, checkpointing):
+    """Log-probs, entropies, gradients of weights and prefixes; with fewer tokens in the layers."""
+    model = build(name)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.model.layers:
+            layer.training = True
+    prompts, prefixes, completions = make_groups()
+    leaves = list(model.parameters())
+    for prefix in prefixes:
+        if prefix is not None and not any(prefix is leaf for leaf in leaves):
+            leaves.append(prefix.requires_grad_())
+    tokens_seen = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, arguments: tokens_seen.append(arguments[0].shape[:2].numel())
+    )
+
+    results = []
+    for share in (True, False):
+        tokens_seen.clear()
+        logprobs, entropy = completion_logprobs(
+            model, prompts, completions, prefixes, Sampling(temperature=0.8), share=share
+        )
+        tokens = tokens_seen[0]
+        weights = torch.linspace(-1, 1, len(logprobs))
+        gradients = torch.autograd.grad((logprobs * weights).sum(), leaves)
+        results.append((tokens, logprobs, entropy, gradients))
+    (tokens, logprobs, entropy, gradients), (all_tokens, plain, plain_entropy, expected) = results
+
+    once = (12 - 1) + (4 + 1 - 1) + (7 - 1) + 2 * (4 + 7 - 1)  # the stems
+    each = sum(len(completion) for completion in completions)  # last prompt token .. last but one
+    assert tokens == once + each
+    assert all_tokens > 1.5 * tokens
+    assert (logprobs - plain).abs().max() <= 1e-5
+    assert (entropy - plain_entropy).abs().max() <= 1e-5
+    for gradient, other in zip(gradients, expected):
+        assert (gradient - other).abs().max() <= 1e-5 * max(1, other.abs().max())
+
+
+@torch.no_grad()
+def test_a_model_that_has_shared_still_heeds_the_masks_of_others():
+    model, fresh = build(), build()
+    completion_logprobs(model, [Prompt([7, 8])] * 2, [[9], [9]], None)
+    ids = torch.randint(6, VOCABULARY_SIZE, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0  # pads on the left
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(logits, fresh(input_ids=ids, attention_mask=mask).logits)
+
+
+def test_what_is_not_shared_is_computed_plainly(qwen3, monkeypatch):
+    """Equal prefixes that are two tensors may have two gradients."""
+    monkeypatch.setattr(prefix_file, "shared_hidden_states", None)  # a call would fail
+    prefixes = [torch.zeros(2, WIDTH), torch.zeros(2, WIDTH)]
+    completion_logprobs(qwen3, [Prompt([7, 8])] * 2, [[9], [9]], prefixes)
+
+
+@needs_onednn
+@pytest.mark.parametrize("frozen", ["", "weight", "x"])
+def test_gradients_through_onednn_equal_those_of_torch(frozen, monkeypatch):
+    monkeypatch.setattr(prefix_file, "IS_AMD", True)
+    monkeypatch.setattr(prefix_file, "ONEDNN_FROM", 0)
+    layer = prefix_file.FastLinear(48, 80)
+    layer.weight.requires_grad_(frozen != "weight")
+    x = torch.randn(2, 7, 48, requires_grad=frozen != "x")
+    leaves = [leaf for leaf in (x, layer.weight, layer.bias) if leaf.requires_grad]
+    factor = torch.randn(2, 7, 80)
+
+    y = layer(x)
+    assert "OneDNN" in type(y.grad_fn).__name__
+    gradients = torch.autograd.grad((y * factor).sum(), leaves)
+    plain = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    expected = torch.autograd.grad((plain * factor).sum(), leaves)
+    assert (y - plain).abs().max() < 1e-5
+    for gradient, other in zip(gradients, expected):
+        assert (gradient - other).abs().max() < 1e-4
+
+
+def test_onednn_leaves_autocast_other_dtypes_and_small_matrices_to_torch(monkeypatch):
+    monkeypatch.setattr(prefix_file, "IS_AMD", True)
+    serves = prefix_file.OneDNNLinear.serves
+    x, weight = torch.randn(2, 512), torch.randn(512, 512)
+    assert not serves(x.bfloat16(), weight.bfloat16())
+    assert not serves(x, weight[:8])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not serves(x, weight)
+    monkeypatch.setattr(prefix_file, "IS_AMD", False)
+    assert not serves(x, weight)
 
 
 def test_training_under_autocast_stays_near_fp32_with_fp32_gradients():

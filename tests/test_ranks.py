@@ -90,10 +90,10 @@ def policy_of(folder):
     return load_policy(str(folder))[0].state_dict()
 
 
-def assert_close_policies(folder, other):
+def assert_close_policies(folder, other, atol=1e-5):
     weights = policy_of(other)
     for name, weight in policy_of(folder).items():
-        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+        torch.testing.assert_close(weights[name], weight, atol=atol, rtol=1e-4, msg=name)
 
 
 # ---- What ranks tell each other ------------------------------------------------------------------
@@ -281,7 +281,8 @@ def test_a_vision_language_model_trains_in_shares_beside_a_whole_tower(tmp_path)
         norms.append(json.loads((tmp_path / name).read_text()))
     assert norms[1] == norms[2]
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
-    assert_close_policies(tmp_path / "alone", tmp_path / "fsdp")
+    # A step of Adam is lr = 1e-3 however small the gradient: where it is nearly 0, rounding shows.
+    assert_close_policies(tmp_path / "alone", tmp_path / "fsdp", atol=1e-4)
     before = policy_of(start)
     for name, weight in policy_of(tmp_path / "alone").items():
         is_frozen = "visual." in name

@@ -441,6 +441,32 @@ def test_gradients_reach_text_weights_and_prefix_but_not_a_frozen_tower():
     assert all(parameter.grad is None for parameter in model.model.visual.parameters())
 
 
+def test_rollouts_that_share_a_picture_compute_it_once_and_score_the_same():
+    """Both kinds of groups: unguided, and under one prefix; rotary positions have three axes."""
+    model = build()
+    widths = []
+    model.model.language_model.layers[0].register_forward_pre_hook(
+        lambda _, arguments: widths.append(arguments[0].shape[:2].numel())
+    )
+    prompts, prefixes, completions = [], [], []
+    for prompt, prefix in zip(make_prompts(), make_prefixes()):
+        for i in range(3):
+            prompts.append(prompt)
+            prefixes.append(prefix)
+            completions.append([20, 30, 21, 22][i:])
+    weights = list(model.model.language_model.parameters())
+
+    shared, _ = completion_logprobs(model, prompts, completions, prefixes)
+    plain, _ = completion_logprobs(model, prompts, completions, prefixes, share=False)
+    assert widths[0] < 0.7 * widths[1]
+    assert (shared - plain).abs().max() < 1e-5
+    factors = torch.linspace(-1, 1, len(plain))
+    gradients = torch.autograd.grad((shared * factors).sum(), weights)
+    expected = torch.autograd.grad((plain * factors).sum(), weights)
+    for gradient, other in zip(gradients, expected):
+        assert (gradient - other).abs().max() <= 1e-5 * max(1, other.abs().max())
+
+
 @torch.no_grad()
 def test_an_image_token_that_the_policy_writes_is_only_a_token():
     model = build()
