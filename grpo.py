@@ -483,12 +483,15 @@ def plan(rows, step, sampler, config):
         u = random.Random(seed_of(sampler.seed, "guided", step, number)).random()
         guided = guided_count(rho, config.group, u)
 
+        prefix_of_latent = {}  # one object for all that share a latent: its tokens are scored once
         for g in range(config.group):
             prefix = Prefix()
             if g < guided:
                 latent_number = g if config.latent_per == "rollout" else 0
-                latent_seed = seed_of(sampler.seed, "latent", step, number, latent_number)
-                prefix = sampler.palette.draw(latent_seed)
+                if latent_number not in prefix_of_latent:
+                    latent_seed = seed_of(sampler.seed, "latent", step, number, latent_number)
+                    prefix_of_latent[latent_number] = sampler.palette.draw(latent_seed)
+                prefix = prefix_of_latent[latent_number]
             token_seed = seed_of(sampler.seed, "rollout", step, number, g)
             rollouts.append(Rollout(number, row, prompt, prefix, token_seed))
     return rollouts

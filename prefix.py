@@ -1244,6 +1244,16 @@ def training_inputs(model, prompts, completions, prefixes):
 # stem once and no pads, and go through the layers. Attention alone sees rows as they were.
 
 
+@dataclass(frozen=True)
+class Stem:
+    """Equal for rows that begin alike."""
+
+    prompt_ids: tuple[int, ...]
+    image_id: int  # Python's id(...) of the objects that the rows were given
+    prefix_id: int
+    length: int  # tokens, the prefix included
+
+
 @dataclass
 class Sharing:
     """B rows of up to T tokens as one row of S tokens."""
@@ -1253,7 +1263,7 @@ class Sharing:
 
 
 def stems_of(prompts, prefixes):
-    """For each row what must be equal where its stem is, and the stem's length."""
+    """The Stem of each row. Of two equal prefixes that are two tensors, each has its gradient."""
     if prefixes is None:
         prefixes = [None] * len(prompts)
     stems = []
@@ -1261,7 +1271,7 @@ def stems_of(prompts, prefixes):
         length = len(prompt.ids) - 1
         if prefix is not None:
             length += len(prefix)
-        stems.append((tuple(prompt.ids), id(prompt.image), id(prefix), length))
+        stems.append(Stem(tuple(prompt.ids), id(prompt.image), id(prefix), length))
     return stems
 
 
@@ -1272,13 +1282,12 @@ def share_stems(stems, lengths, device):
     place = []
     source = []
     for row, (stem, length) in enumerate(zip(stems, lengths)):
-        stem_length = stem[-1]
         if stem not in first:
             first[stem] = len(source)
-            source += range(row * T, row * T + stem_length)
-        place_of_row = list(range(first[stem], first[stem] + stem_length))
-        place_of_row += range(len(source), len(source) + length - stem_length)
-        source += range(row * T + stem_length, row * T + length)
+            source += range(row * T, row * T + stem.length)
+        place_of_row = list(range(first[stem], first[stem] + stem.length))
+        place_of_row += range(len(source), len(source) + length - stem.length)
+        source += range(row * T + stem.length, row * T + length)
         place.append(place_of_row + [0] * (T - length))
     return Sharing(torch.tensor(place, device=device), torch.tensor(source, device=device))
 

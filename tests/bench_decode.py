@@ -59,10 +59,11 @@ class Shape:
 
 TINY = Shape(4, 128, 4, 2, 32, 384, 128)
 SMALL = Shape(12, 512, 8, 4, 64, 1536, 32000)
+QWEN = Shape(28, 1536, 12, 2, 128, 8960, 151936, "qwen2")
 TRAINING = Shape(2, 896, 14, 2, 64, 4864, 151936, "qwen2")
 CUDA_SHAPES = {
     "Qwen3-0.6B": Shape(28, 1024, 16, 8, 128, 3072, 151936),
-    "Qwen2.5-1.5B": Shape(28, 1536, 12, 2, 128, 8960, 151936, "qwen2"),
+    "Qwen2.5-1.5B": QWEN,
 }
 
 
@@ -214,8 +215,11 @@ def compare(name, model, rows, repeats, tail=True):
     theirs = statistics.median(generate_seconds)
     ours = statistics.median(our_seconds)
     ratio = theirs / ours
-    print(f"| {name} | {theirs:.2f} | {ours:.2f} | {ratio:.2f}x |", flush=True)
+    tokens = sum(work.lengths)
+    rates = f"{tokens / theirs:.0f} / {tokens / ours:.0f}"
+    print(f"| {name} | {theirs:.2f} | {ours:.2f} | {ratio:.2f}x | {rates} |", flush=True)
     return {
+        "tokens": tokens,
         "hf_s": round(theirs, 3),
         "ours_s": round(ours, 3),
         "ratio": round(ratio, 2),
@@ -225,7 +229,7 @@ def compare(name, model, rows, repeats, tail=True):
 
 def cpu_lines(args):
     """The CPU table; returns its figures."""
-    queued = 96 if args.quick else 256
+    queued = 80 if args.quick else 256
     figures = {}
 
     def line(name, model, rows, tail=True):
@@ -233,7 +237,7 @@ def cpu_lines(args):
             model.generation_config.eos_token_id = None  # lengths are set
             figures[name] = compare(name, model, rows, args.repeats, tail)
 
-    print("| task | generate s | ours s | ratio |\n|---|---|---|---|")
+    print("| task | generate s | ours s | ratio | tokens/s |\n|---|---|---|---|---|")
     tiny = build(TINY)
     line("tiny Qwen3 (4 x 128, vocab 128), 64 rows", tiny, 64)
     line(f"the same, {queued} rows queued", tiny, queued)
@@ -242,6 +246,8 @@ def cpu_lines(args):
         return figures
 
     line("12 layers x 512, vocab 32,000, fp32", build(SMALL), 64)
+    if args.only in "Qwen2.5-1.5B shape, bf16":
+        line("Qwen2.5-1.5B shape, bf16", build(QWEN, torch.bfloat16), 64)
     if not Path(args.model, "config.json").exists():
         print(f"(no checkpoint at {args.model}: --model names another folder)")
         return figures

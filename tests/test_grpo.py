@@ -796,6 +796,7 @@ def test_who_is_guided_and_who_shares_a_latent(tiny):
         assert len(guided_of(rollouts)) == len(rollouts) == 16
         for group in groups_of_four(rollouts):
             assert len(set(latents_of(group))) == distinct
+            assert len({id(rollout.prefix) for rollout in group}) == distinct
         assert len(set(latents_of(rollouts))) == 4 * distinct  # no latent serves two prompts
 
     assert guided_of(tiny.rollouts(small_config(schedule=["none"]))) == []
