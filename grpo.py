@@ -115,7 +115,7 @@ REAL_MODEL = {
     "schedule": ["two-phase"],
     "steps": 200,
     "lr": 1e-6,
-    "sft_lr": 1e-5,
+    "warm_up": "prior",
     "max_new_tokens": 512,
     "eval_questions": 128,
     "closing_questions": 16,
@@ -199,7 +199,15 @@ class GRPOConfig(sft.TrainingConfig):
     vae: str | None = HfArg(default=None, help="VAE folder (default: OUT/vae)", compare=False)
     traces: list[str] | None = HfArg(default=None, help="[DOMAIN=]SOURCE ...", compare=False)
     limit: int = HfArg(default=2000, help="traces kept per source of your own", compare=False)
-    sft_lr: float | None = HfArg(default=None, help="of the warm-up", compare=False)
+    warm_up: Literal["prior", "posterior"] | None = HfArg(
+        default=None,
+        help="where its prefixes come from: posterior (the trace's own latent), or prior, as in the "
+        "paper (default: the world's, or prior)",
+        compare=False,
+    )
+    sft_lr: float | None = HfArg(
+        default=None, help="of the warm-up (default: as in sft.py)", compare=False
+    )
     base_seed: int = HfArg(default=0, help="seed of a world's base model", compare=False)
     base_steps: int | None = HfArg(default=None, help="its pretraining steps", compare=False)
 
@@ -921,11 +929,14 @@ def prepare(config, ranks):
         settings[name] = getattr(config, name)
     policies = {}
     for schedule in config.schedule:
-        source = "none" if schedule == "none" else "prior"
-        folder = f"{config.out}/sft-none" if source == "none" else f"{config.out}/sft"
+        source = "none" if schedule == "none" else config.warm_up
+        folder = sft.warm_up_folder(config.out, config.model, source)
         policy = f"{folder}/policy"
         if policy not in policies.values():
-            settings.update(out=folder, source=source, lr=config.sft_lr, vae=vae_folder(config))
+            settings.update(sft.warm_up_defaults(config.model, source))
+            if config.sft_lr is not None:
+                settings["lr"] = config.sft_lr
+            settings.update(out=folder, source=source, vae=vae_folder(config))
             with stage("warm-up", folder, "sft.py", ranks):
                 sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)
         policies[schedule] = policy
@@ -981,6 +992,13 @@ class RunPlan:
     settings: dict  # what its config.json keeps
 
 
+def start_suffix(config):
+    """What tells results apart that start from another warm-up than the default one."""
+    if config.warm_up == sft.default_source(config.model):
+        return ""
+    return f"-from-{config.warm_up}"
+
+
 def run_plans(config):
     """A RunPlan for each schedule with each seed."""
     plans = []
@@ -990,6 +1008,8 @@ def run_plans(config):
             name = "rho" + schedule.replace(":", "=").replace(",", "_")
         if config.source != "prior" and schedule != "none":
             name += f"-{config.source}"
+        if schedule != "none":
+            name += start_suffix(config)
         for seed in config.seed:
             folder = Path(config.out) / f"{config.algorithm}-{name}-s{seed}"
             settings = {**vae.result_settings(config), "schedule": schedule, "seed": seed}
@@ -1149,7 +1169,8 @@ def rl_rows(figures_by_name):
 def report(config, policies, folders, device):
     """The tables that close the job; returns {schedule: rl_figures}."""
     root = Path(config.out)
-    name = f"{config.algorithm}-{config.source}"
+    suffix = start_suffix(config)
+    name = f"{config.algorithm}-{config.source}{suffix}"
     figures = {schedule: rl_figures(runs) for schedule, runs in folders.items()}
     named_figures = {f"{name} {schedule}": values for schedule, values in figures.items()}
     table = evaluate.markdown(rl_rows(named_figures))
@@ -1157,7 +1178,7 @@ def report(config, policies, folders, device):
     vae.write_text(root / f"{name}.md", table + "\n")
 
     if config.closing_questions > 0:
-        report_arms(config, policies, root / "evaluation")
+        report_arms(config, policies, root / f"evaluation{suffix}")
     rollouts = f"{config.prompts} x {config.group} rollouts"
     print(f"\nWhat injection does in RL ({config.steps} steps of {rollouts}):\n")
     print(table)

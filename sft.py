@@ -1,17 +1,23 @@
 """The warm-up under a prefix (Eq. 11), the simplest training loop, and what every loop shares.
 
 Part 1 is shared: ranks, the model and its optimizer step, metrics by name, run folders with exact
-resume, settings. Part 2 is the warm-up: ten updates on worked answers with a prefix before the
-prompt, z from the *prior*, L = 1. So the model learns to take a prefix as context; more would teach
-it to ignore the prefix. `--source none` warms up without prefixes: the start of the RL baselines.
+resume, settings. Part 2 is the warm-up: updates on worked answers with a prefix before the prompt.
+Where its latent z comes from decides what is learnt:
+    prior      z ~ N(0, I), drawn without a look at the answer, L = 1: the paper's. The model learns
+               to bear a prefix, in ten updates; more would teach it to ignore the prefix.
+    posterior  z ~ q(z|h), h of the very trace that is answered: z says something about the answer,
+               so the model learns to follow it, the more the longer.
+    none       no prefix: where the baselines of RL start.
+Part 3 measures what prefixes do to the loss of held-out answers: it needs no reward.
 
-Departs from the paper, which gives no learning rate or batch size: ours are settings. Randomness is
-a pure function of (seed, step, row), so a resumed run needs no generator state, and N ranks see the
-batches that one rank would.
+Departs from the paper, which warms up from the prior alone and gives no learning rate or batch
+size: the posterior and the settings are ours. Randomness is a pure function of (seed, step, row),
+so a resumed run needs no generator state, and N ranks see the batches that one rank would.
 
 Run it:
     python sft.py                                   # warm up the tiny world's model under prefixes
-    python sft.py --source none                     # the same without: where the baselines start
+    python sft.py --source prior                    # as in the paper
+    python sft.py --source none                     # without prefixes: where the baselines start
     python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --out runs/qwen/sft \\
         --traces math=traces_math.jsonl
     torchrun --nproc_per_node=4 sft.py --model ...  # the same on four GPUs
@@ -42,6 +48,7 @@ from prefix import (
     Palette,
     check_source,
     completion_logprobs,
+    generator_of,
     load_policy,
     micro_batches,
     needs_vae,
@@ -64,8 +71,10 @@ from vae import (
     VAEConfig,
     check_traces,
     first_line,
+    is_held_out,
     load_traces,
     parse_settings,
+    pool,
     read_json,
     require_at_least,
     require_choices,
@@ -758,6 +767,32 @@ class TrainingConfig:
 
 # ==== Part 2: the warm-up under a prefix (Eq. 11) =================================================
 
+# Defaults by the source of prefixes, where a world has no others (DEFAULTS["sft"] of its file). The
+# ten updates are the paper's, all else is our choice.
+WARM_UPS = {
+    "prior": {"steps": 10, "lr": 1e-5},
+    "posterior": {"steps": 100, "lr": 3e-5},
+}
+
+
+def warm_up_defaults(model, source):
+    """{steps, lr} of a warm-up; any source but the posterior is treated as the paper's."""
+    kind = "posterior" if source == "posterior" else "prior"
+    of_world = world_defaults(model).get("sft", {})
+    return {**WARM_UPS[kind], **of_world.get(kind, {})}
+
+
+def default_source(model):
+    """Where a warm-up's prefixes come from if nothing else is said: the world's, or the paper's."""
+    return world_defaults(model).get("warm_up", "prior")
+
+
+def warm_up_folder(root, model, source):
+    """Where the warm-up of a source lies below a folder: sft, or sft-SOURCE if it is no default."""
+    if source == default_source(model):
+        return f"{root}/sft"
+    return f"{root}/sft-{source}"
+
 
 @dataclass
 class SFTConfig(TrainingConfig):
@@ -775,23 +810,31 @@ class SFTConfig(TrainingConfig):
     prompt: Literal["auto", "chat", "plain"] = HfArg(default="auto", help="prompt format")
     out: str | None = HfArg(
         default=None,
-        help="run folder (default: the world's sft, or sft-none for --source none)",
+        help="run folder (default: the world's sft, or sft-SOURCE of another than its default)",
         compare=False,
     )
 
     # prefix
-    source: str = HfArg(
-        default="prior", help="of prefixes: prior (the paper), none (baseline), or another"
+    source: str | None = HfArg(
+        default=None,
+        help="of prefixes: prior (the paper), posterior (the trace's own latent), none (baseline), "
+        "or another of prefix.py (default: the world's, or prior)",
     )
-    length: int | None = HfArg(
-        default=None, help="prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)"
+    lengths: list[int] | None = HfArg(
+        default=None,
+        help="prefix rows L, of which each answer draws one (default: the rows of one z, 1, or 8 "
+        "of the GPT decoder; from the posterior 1 2 4 8, or 8)",
     )
+    unguided: float = HfArg(default=0.0, help="share of answers without prefix")
 
     # training
-    steps: int = HfArg(default=10, help="updates")
+    steps: int | None = HfArg(
+        default=None, help="updates (default: the world's, or 10, from the posterior 100)"
+    )
     batch: int = HfArg(default=64, help="answers per update, over all ranks")
     lr: float | None = HfArg(
-        default=None, help="AdamW's learning rate (default: the world's, or 1e-5)"
+        default=None,
+        help="AdamW's learning rate (default: the world's, or 1e-5, from the posterior 3e-5)",
     )
     max_tokens: int = HfArg(default=512, help="longest prompt, and longest answer, in tokens")
     seed: int = HfArg(default=0, help="seed of everything random")
@@ -799,15 +842,19 @@ class SFTConfig(TrainingConfig):
     save_every: int = HfArg(default=100, help="steps between checkpoints", compare=False)
 
     def __post_init__(self):
-        if self.lr is None:
-            self.lr = world_defaults(self.model).get("sft_lr", 1e-5)
+        if self.source is None:
+            self.source = default_source(self.model)
+        for name, value in warm_up_defaults(self.model, self.source).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if world_of(self.model) is not None:
             self.take_from_world()
         if self.limit is None:
             self.limit = 2000
 
         super().__post_init__()
-        require_at_least(self, limit=1, length=0, steps=1, batch=1, lr=0, max_tokens=1)
+        require_at_least(self, limit=1, steps=1, batch=1, lr=0, max_tokens=1, unguided=0)
+        self.check_prefixes()
         if not self.traces:
             raise ValueError("--traces is needed for a model of your own: worked answers")
         if self.out is None:
@@ -826,8 +873,21 @@ class SFTConfig(TrainingConfig):
         if self.vae is None:
             self.vae = f"{root}/vae"
         if self.out is None:
-            name = "sft-none" if self.source == "none" else "sft"
-            self.out = f"{root}/{name}"
+            self.out = warm_up_folder(root, self.model, self.source)
+
+    def check_prefixes(self):
+        """ValueError for prefixes that cannot be, or that no answer would get."""
+        if self.unguided >= 1:
+            raise ValueError(
+                f"--unguided {self.unguided} leaves no answer with a prefix: use --source none"
+            )
+        if self.source == "none" and (self.unguided > 0 or self.lengths is not None):
+            raise ValueError("--source none has no prefixes: leave out --lengths and --unguided")
+        for length in self.lengths or ():
+            if length < 1:
+                raise ValueError(
+                    f"--lengths must be at least 1, not {length}: --unguided is the share without"
+                )
 
     @property
     def needs_vae(self):
@@ -852,18 +912,32 @@ def answer_ids(trace, reader, style, max_tokens):
 
 
 def pairs_of(traces, reader, config):
-    """answer_ids of all traces but those of long prompts. ValueError if none is left."""
-    pairs = []
-    for trace in traces:
+    """{number of a trace: its answer_ids}, of all traces to train on but those of long prompts.
+
+    ValueError if none is left.
+    """
+    pairs = {}
+    for number, trace in enumerate(traces):
+        if is_held_out(number):
+            continue
         pair = answer_ids(trace, reader, config.prompt, config.max_tokens)
         if pair is not None:
-            pairs.append(pair)
+            pairs[number] = pair
     if not pairs:
         raise ValueError(
             f"the prompts of all {len(traces)} traces are over --max-tokens {config.max_tokens}: "
             "raise it"
         )
     return pairs
+
+
+def row_lengths(pairs, prefixes):
+    """Tokens of each row [prefix | prompt | answer]."""
+    lengths = []
+    for (prompt, answer), prefix in zip(pairs, prefixes):
+        prefix_length = 0 if prefix is None else len(prefix)
+        lengths.append(prefix_length + len(prompt.ids) + len(answer))
+    return lengths
 
 
 def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
@@ -873,15 +947,11 @@ def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp3
     is over the answer tokens of *all* ranks, so neither micro-batches nor ranks change the
     gradient. Returns this rank's summed loss, and the number of all ranks' answer tokens.
     """
-    answer_tokens = 0
-    lengths = []
-    for (prompt, answer), prefix in zip(pairs, prefixes):
-        answer_tokens += len(answer)
-        prefix_length = 0 if prefix is None else len(prefix)
-        lengths.append(prefix_length + len(prompt.ids) + len(answer))
+    answer_tokens = sum(len(answer) for _, answer in pairs)
     (answer_tokens,) = ranks.all_reduce_sum([answer_tokens])
 
     loss_sum = 0.0
+    lengths = row_lengths(pairs, prefixes)
     for micro_batch in ranks.pad_for_fsdp(micro_batches(lengths, tokens_per_batch)):
         prompts = [pairs[i][0] for i in micro_batch]
         answers = [pairs[i][1] for i in micro_batch]
@@ -895,8 +965,61 @@ def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp3
     return loss_sum, answer_tokens
 
 
-def warm_up(model, reader, pairs, palette, run, config):
-    """Eq. 11: updates on answers under prefixes that are drawn independently of the trace."""
+@dataclass
+class Posterior:
+    """q(z|h) of traces: a Gaussian with independent entries for each (Eq. 6)."""
+
+    mu: torch.Tensor  # [N, k]
+    sigma: torch.Tensor  # [N, k]
+
+
+@torch.no_grad()
+def posterior_of(traces, reader, model, table, vae):
+    """The Posterior of traces under a VAE. table: E [V, d], on which the VAE was trained."""
+    vae.check_policy(table)
+    h = pool(traces, reader, model, table, vae.rows_per_z)  # [N, rows * d]
+    mu, log_var = vae.encode(h)
+    return Posterior(mu, torch.exp(log_var / 2))
+
+
+class PrefixDraws:
+    """The prefixes of a warm-up: that of a row is a function of (seed, step, row) and its trace.
+
+    posterior: of the traces that are trained on; None: z is drawn without a look at them.
+    """
+
+    def __init__(self, vae, table, config, posterior=None):
+        source = config.source
+        if posterior is not None:
+            source = "prior"  # of the VAE; each z is given
+        self.lengths = config.lengths or [0]
+        self.palettes = {}  # by L
+        for length in self.lengths:
+            self.palettes[length] = Palette(vae, table, source, length)
+        self.config = config
+        self.posterior = posterior
+
+    def draw(self, step, row, number):
+        """The prefix [L, d] of a row in a step's batch, which has the trace `number`; or None."""
+        seed = self.config.seed
+        rng = random.Random(seed_of(seed, "sft length", step, row))
+        length = rng.choice(self.lengths)
+        if rng.random() < self.config.unguided:
+            return None
+
+        prefix_seed = seed_of(seed, "sft prefix", step, row)
+        z = None
+        if self.posterior is not None:
+            mu = self.posterior.mu[number]  # [k]
+            sigma = self.posterior.sigma[number]  # [k]
+            epsilon = torch.randn(len(mu), generator=generator_of(prefix_seed))
+            z = mu + sigma * epsilon
+            z = z[None]  # [1, k]
+        return self.palettes[length].draw(prefix_seed, z).embeddings
+
+
+def warm_up(model, reader, pairs, prefix_draws, run, config):
+    """Eq. 11: updates on answers under prefixes."""
     ranks = run.ranks
     optimizer = make_optimizer(model, config.lr)
     start = run.restore(model, [optimizer])
@@ -905,11 +1028,15 @@ def warm_up(model, reader, pairs, palette, run, config):
         began = time.time()
 
         batch_rng = random.Random(seed_of(config.seed, "sft batch", step))
-        batch = batch_rng.choices(pairs, k=config.batch)
-        seeds = [seed_of(config.seed, "sft prefix", step, i) for i in range(config.batch)]
-        prefixes = [palette.draw(seed).embeddings for seed in ranks.shard(seeds)]
+        numbers = batch_rng.choices(list(pairs), k=config.batch)
+        batch = []
+        prefixes = []
+        for row in ranks.shard(range(config.batch)):
+            number = numbers[row]
+            batch.append(pairs[number])
+            prefixes.append(prefix_draws.draw(step, row, number))
         loss_sum, answer_tokens = lm_step(
-            model, ranks.shard(batch), prefixes, ranks, config.tokens_per_batch, config.precision
+            model, batch, prefixes, ranks, config.tokens_per_batch, config.precision
         )
         gradient_norm = apply_gradients(model, [optimizer], ranks)
 
@@ -937,7 +1064,7 @@ def make_missing(config, ranks):
         return config
     has_vae = (Path(config.vae) / "config.json").is_file()
     if not has_vae:
-        check_source(config.source, world_domains(config.model))
+        check_source(config.source, [*world_domains(config.model), "posterior"])
 
     base = f"{world_root(config.model)}/base"
     if ranks.rank == 0:
@@ -969,9 +1096,12 @@ def train(config, ranks=None):
         vae = VAE.load(config.vae)
         domains = vae.domains
         rows_per_z = vae.rows_per_z
-    check_source(config.source, domains)
-    if config.length is None:
-        config = replace(config, length=rows_per_z)
+    check_source(config.source, [*domains, "posterior"])
+    if config.lengths is None and config.source != "none":
+        lengths = [rows_per_z]
+        if config.source == "posterior" and rows_per_z == 1:
+            lengths = [1, 2, 4, 8]
+        config = replace(config, lengths=lengths)
 
     settings = result_settings(config)
     if not config.overwrite and is_finished(config.out, settings, config.resume):
@@ -981,15 +1111,19 @@ def train(config, ranks=None):
     traces = load_traces(config.traces, config.limit)
     model, reader = load_trainable(find_model(config.model), ranks, config)
     pairs = pairs_of(traces, reader, config)
-    if ranks.rank == 0 and len(pairs) < len(traces):
-        left_out = len(traces) - len(pairs)
+    trained_on = sum(not is_held_out(number) for number in range(len(traces)))
+    if ranks.rank == 0 and len(pairs) < trained_on:
+        left_out = trained_on - len(pairs)
         limit = f"--max-tokens {config.max_tokens}"
-        print(f"left out {left_out} of {len(traces)} traces: prompts over {limit}")
+        print(f"left out {left_out} of {trained_on} traces: prompts over {limit}")
     table = unshard(model.get_input_embeddings().weight.detach())
-    palette = Palette(vae, table, config.source, config.length)
+    posterior = None
+    if config.source == "posterior":
+        posterior = posterior_of(traces, reader, model, table, vae)
+    prefix_draws = PrefixDraws(vae, table, config, posterior)
 
     run = Run(config.out, settings, ranks, config.resume, config.overwrite)
-    warm_up(model, reader, pairs, palette, run, config)
+    warm_up(model, reader, pairs, prefix_draws, run, config)
     return run
 
 

@@ -9,7 +9,19 @@ import torch
 
 import sft
 from prefix import Palette, Prompt, load_policy
-from sft import Ranks, Run, SFTConfig, answer_ids, lm_step, pairs_of, rows_of_step, seed_of, warm_up
+from sft import (
+    PrefixDraws,
+    Ranks,
+    Run,
+    SFTConfig,
+    answer_ids,
+    lm_step,
+    pairs_of,
+    posterior_of,
+    rows_of_step,
+    seed_of,
+    warm_up,
+)
 from tiny_world import VOCABULARY
 from vae import Reader, result_settings
 
@@ -306,14 +318,20 @@ def test_sums_are_in_double_precision():
 # ---- Exact resume --------------------------------------------------------------------------------
 
 
-def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None):
+POSTERIOR = {"source": "posterior", "lengths": [1, 2, 4, 8], "unguided": 0.3}
+
+
+def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None, **changes):
     """A warm-up of five steps in a folder; stop_after: it dies after so many optimizer steps.
 
     Returns the model, and the rows of metrics.jsonl without their times.
     """
     model, reader = load_policy(str(policy_folder))
-    palette = Palette(vae, table_of(model), "prior", 1)
-    config = settings()
+    config = settings(**{"source": "prior", "lengths": [1], **changes})
+    posterior = None
+    if config.source == "posterior":
+        posterior = posterior_of(traces, reader, model, table_of(model), vae)
+    prefix_draws = PrefixDraws(vae, table_of(model), config, posterior)
     pairs = pairs_of(traces, reader, config)
     run = Run(folder, result_settings(config), ALONE, resume=resume)
     original = sft.apply_gradients
@@ -328,7 +346,7 @@ def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "apply_gradients", apply_gradients)
-        warm_up(model, reader, pairs, palette, run, config)
+        warm_up(model, reader, pairs, prefix_draws, run, config)
     return model, metrics_of(folder)
 
 
@@ -357,6 +375,21 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert len(metrics) == 5
     assert resumed_metrics == metrics
     assert_same_weights(model, resumed)
+
+
+def test_a_resumed_warm_up_from_the_posterior_equals_an_undisturbed_one(
+    tmp_path, policy_folder, vae, traces
+):
+    model, metrics = warm(tmp_path / "whole", policy_folder, vae, traces, **POSTERIOR)
+    with pytest.raises(KeyboardInterrupt):
+        warm(tmp_path / "torn", policy_folder, vae, traces, stop_after=3, **POSTERIOR)
+    resumed, resumed_metrics = warm(
+        tmp_path / "torn", policy_folder, vae, traces, resume=True, **POSTERIOR
+    )
+    assert resumed_metrics == metrics
+    assert_same_weights(model, resumed)
+    prior, _ = warm(tmp_path / "prior", policy_folder, vae, traces)
+    assert not torch.equal(table_of(prior), table_of(model))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
@@ -425,8 +458,78 @@ def test_the_warm_up_draws_fresh_traces_and_latents_at_every_step(
     expected = palette.draw(seed_of(0, "sft prefix", 3, 2)).embeddings
     assert torch.equal(latents[3][2], expected)
     rng = random.Random(seed_of(0, "sft batch", 3))
-    batch = rng.choices(pairs_of(traces, reader, settings()), k=6)
-    assert batches[3] == [prompt.ids + answer for prompt, answer in batch]
+    pairs = pairs_of(traces, reader, settings())
+    numbers = rng.choices(list(pairs), k=6)
+    expected = []
+    for number in numbers:
+        prompt, answer = pairs[number]
+        expected.append(prompt.ids + answer)
+    assert batches[3] == expected
+
+
+# ---- Prefixes from the trace's own latent --------------------------------------------------------
+
+
+def draws_of(traces, reader, model, vae, **changes):
+    """The PrefixDraws of a warm-up on these traces."""
+    config = settings(**{**POSTERIOR, "unguided": 0.0, **changes})
+    table = table_of(model)
+    return PrefixDraws(vae, table, config, posterior_of(traces, reader, model, table, vae))
+
+
+def test_the_prefix_of_a_row_is_drawn_from_the_posterior_of_its_own_trace(
+    model, reader, traces, vae
+):
+    """z = mu + sigma * epsilon of h, the mean embedding of question and answer, tiled to L rows."""
+    table = table_of(model)
+    draws = draws_of(traces, reader, model, vae, lengths=[4])
+    prefix = draws.draw(step=2, row=3, number=7)  # [4, d]
+
+    text = f"{traces[7]['question']} {traces[7]['answer']}"
+    ids = torch.tensor(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
+    mu, log_var = vae.encode(table[ids].mean(0, keepdim=True))
+    generator = torch.Generator().manual_seed(seed_of(0, "sft prefix", 2, 3))
+    z = mu + torch.exp(log_var / 2) * torch.randn(vae.latent, generator=generator)
+    torch.testing.assert_close(prefix, vae.decode(z).expand(4, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_trace_whose_answer_changes_gets_another_latent_and_all_others_keep_theirs(
+    model, reader, traces, vae
+):
+    changed = [dict(trace) for trace in traces]
+    changed[7]["answer"] = traces[8]["answer"]
+    before = draws_of(traces, reader, model, vae)
+    after = draws_of(changed, reader, model, vae)
+    for number in (6, 7, 8):
+        same = torch.equal(before.draw(0, 0, number), after.draw(0, 0, number))
+        assert same == (number != 7)
+
+
+def test_every_row_draws_its_latent_its_length_and_whether_it_has_a_prefix(
+    model, reader, traces, vae
+):
+    draws = draws_of(traces, reader, model, vae, unguided=0.25)
+    lengths = []
+    first_rows = []
+    for row in range(400):
+        prefix = draws.draw(1, row, 7)
+        assert prefix is None or torch.equal(prefix, draws.draw(1, row, 7))  # no state between
+        lengths.append(0 if prefix is None else len(prefix))
+        if prefix is not None:
+            first_rows.append(tuple(prefix[0].tolist()))
+    assert len(set(first_rows)) == len(first_rows)  # one trace, another z each time
+    shares = [lengths.count(length) / 400 for length in (0, 1, 2, 4, 8)]
+    assert shares == pytest.approx([0.25, 0.1875, 0.1875, 0.1875, 0.1875], abs=0.06)
+
+
+def test_a_vae_of_another_table_encodes_no_traces(model, reader, traces, vae):
+    with pytest.raises(ValueError, match="another embedding table"):
+        posterior_of(traces, reader, model, table_of(model).flip(0), vae)
+
+
+def test_every_tenth_trace_is_not_trained_on(reader, traces):
+    pairs = pairs_of(traces, reader, settings())
+    assert sorted(pairs) == [number for number in range(300) if number % 10 != 9]
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -721,7 +824,12 @@ def test_an_unusable_device_is_one_sentence():
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"batch": -3}, "--batch must be at least 1, not -3"),
         ({"lr": float("nan")}, "--lr must be at least 0.*nan"),
-        ({"length": -1}, "--length must be at least 0, not -1"),
+        ({"lengths": [4, 0]}, "--lengths must be at least 1, not 0"),
+        ({"unguided": -0.1}, "--unguided must be at least 0, not -0.1"),
+        ({"unguided": 1.0}, "--unguided 1.0 leaves no answer with a prefix: use --source none"),
+        ({"source": "none", "unguided": 0.5}, "--source none has no prefixes: leave out"),
+        ({"source": "none", "lengths": [1]}, "--source none has no prefixes: leave out"),
+        ({"source": "posterior", "vae": None}, "--vae is needed for prefixes from 'posterior'"),
         ({"tokens_per_batch": 0}, "--tokens-per-batch must be at least 1, not 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
         ({"precision": "fp8"}, "--precision must be one of fp32, bf16, not 'fp8'"),
@@ -739,11 +847,16 @@ def test_the_settings_that_a_world_fills_in():
     config = SFTConfig()
     assert (config.vae, config.out) == ("runs/tiny/vae", "runs/tiny/sft")
     assert (config.traces, config.limit) == (["runs/tiny/base/traces.jsonl"], 10**9)
-    assert (config.steps, config.batch, config.lr) == (10, 64, 3e-6)
-    baseline = SFTConfig(source="none")
-    assert baseline.out == "runs/tiny/sft-none"
-    real = settings(lr=None, vae=None, source="noise")
-    assert (real.lr, real.limit) == (1e-5, 2000)
+    assert (config.source, config.steps, config.batch, config.lr) == ("posterior", 100, 64, 1e-4)
+    for source in ("none", "prior"):
+        baseline = SFTConfig(source=source)
+        assert baseline.out == f"runs/tiny/sft-{source}"
+        assert (baseline.steps, baseline.lr) == (10, 3e-6)
+    real = settings(lr=None, steps=None)
+    assert (real.source, real.steps, real.lr, real.limit) == ("prior", 10, 1e-5, 2000)
+    posterior = settings(lr=None, steps=None, source="posterior")
+    assert (posterior.steps, posterior.lr) == (100, 3e-5)
+    assert settings(vae=None, source="noise").vae is None
 
 
 def test_settings_that_change_no_result_are_not_kept():
@@ -851,7 +964,7 @@ def test_the_whole_stage_trains_once_and_keeps_what_it_is_made_of(
     run = sft.train(config)
     assert len(metrics_of(run.folder)) == 2
     kept = json.loads((run.folder / "config.json").read_text())
-    assert (kept["source"], kept["length"], kept["lr"]) == ("prior", 1, 1e-3)
+    assert (kept["source"], kept["lengths"], kept["lr"]) == ("prior", [1], 1e-3)
 
     weights = (run.folder / "policy" / "model.safetensors").read_bytes()
     before = (policy_folder / "model.safetensors").read_bytes()
