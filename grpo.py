@@ -201,8 +201,8 @@ class GRPOConfig(sft.TrainingConfig):
     limit: int = HfArg(default=2000, help="traces kept per source of your own", compare=False)
     warm_up: Literal["prior", "posterior"] | None = HfArg(
         default=None,
-        help="where its prefixes come from: posterior (the trace's own latent), or prior, as in the "
-        "paper (default: the world's, or prior)",
+        help="its prefixes: posterior (from the trace's own latent), or prior, as in the paper "
+        "(default: the world's, or prior)",
         compare=False,
     )
     sft_lr: float | None = HfArg(
@@ -923,8 +923,7 @@ def prepare(config, ranks):
         if ranks.rank == 0 and not named_by_user:
             vae.train(vae.VAEConfig(out=vae_folder(config), **corpus))
 
-    # The few-shot format is one of questions: worked answers follow no examples.
-    settings = {"prompt": "plain" if config.prompt == "few-shot" else config.prompt}
+    settings = {"prompt": style_of_answers(config)}
     for name in ("device", "precision", "fsdp", "checkpointing"):
         settings[name] = getattr(config, name)
     policies = {}
@@ -943,17 +942,30 @@ def prepare(config, ranks):
     return policies
 
 
-def prepare_base(config, ranks):
-    """Make a world's base model. Returns {model, traces, limit}: what VAE and warm-up read."""
+def style_of_answers(config):
+    """The prompt format of worked answers; few-shot is one of questions: no examples precede."""
+    return "plain" if config.prompt == "few-shot" else config.prompt
+
+
+def corpus_of(config):
+    """{model, traces, limit}: what VAE and warm-up read."""
     corpus = {"model": config.model, "traces": config.traces, "limit": config.limit}
+    if world_of(config.model) is not None:
+        base = f"{config.out}/base"
+        corpus["model"] = base
+        if not config.traces:
+            corpus["traces"] = [f"{base}/traces.jsonl"]
+            corpus["limit"] = 10**9
+    return corpus
+
+
+def prepare_base(config, ranks):
+    """Make a world's base model. Returns corpus_of the settings."""
+    corpus = corpus_of(config)
     world = world_of(config.model)
     if world is None:
         return corpus
-    base = f"{config.out}/base"
-    corpus["model"] = base
-    if not config.traces:
-        corpus["traces"] = [f"{base}/traces.jsonl"]
-        corpus["limit"] = 10**9
+    base = corpus["model"]
     with stage("base model", base, world.__file__, ranks):
         if ranks.rank == 0:
             steps = {} if config.base_steps is None else {"steps": config.base_steps}
@@ -1112,9 +1124,19 @@ def train_run(run_plan, run, task, rewards, start, config):
 
     ends = end_ids(model, reader.tokenizer)
     decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
+    if latents is not None and config.length > 0:
+        say_control(model, reader, latents, run.ranks, config)
     schedule = points_of(run_plan.schedule)
     sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
     train_policy(model, sampler, run, config, reference)
+
+
+def say_control(model, reader, latents, ranks, config):
+    """Print whether prefixes do what RL is to select from, before the hours that it takes."""
+    corpus = corpus_of(config)
+    traces = vae.load_traces(corpus["traces"], corpus["limit"])
+    style = style_of_answers(config)
+    sft.say_control("before RL", model, reader, latents, traces, config.length, ranks, style)
 
 
 # ---- the tables at the end -----------------------------------------------------------------------

@@ -1054,6 +1054,147 @@ def warm_up(model, reader, pairs, prefix_draws, run, config):
     run.finish(model, reader)
 
 
+# ==== Part 3: control, a measure that needs no reward =============================================
+
+TOO_DEAR, STEERS = 0.5, 0.05  # nats a token, from which on the verdict says so: our choice
+
+
+@dataclass
+class Control:
+    """Mean loss per token of held-out answers of each domain under prefixes of several sources.
+
+    losses: {domain: {source: [a loss for each answer, in nats]}}. All sources read the same
+    answers, so that differences are paired. "own" is the mean latent of the answer itself.
+    """
+
+    losses: dict
+
+    def differences(self, domain, source, reference="none"):
+        """The loss under one source less that under another, answer by answer."""
+        pairs = zip(self.losses[domain][source], self.losses[domain][reference])
+        return [loss - other for loss, other in pairs]
+
+    def costs(self):
+        """What a prefix costs, [a value for each answer] by domain.
+
+        The loss under prefixes of the answer's own domain above that without any.
+        """
+        return [self.differences(domain, domain) for domain in self.losses]
+
+    def gains(self):
+        """How much likelier an answer is under latents of its own domain than of the others.
+
+        [a value for each answer] by domain, in nats a token; nothing where there is one domain.
+        """
+        gains = []
+        for domain in self.losses:
+            by_other = []
+            for other in self.losses:
+                if other != domain:
+                    by_other.append(self.differences(domain, other, reference=domain))
+            if by_other:
+                gains.append([sum(values) / len(by_other) for values in zip(*by_other)])
+        return gains
+
+    def verdict(self):
+        """One sentence: what a prefix costs, whether latents steer, what to do if they do not."""
+        cost = mean_of_domains(self.costs())
+        if cost > TOO_DEAR:
+            return (
+                f"prefixes raise the loss of held-out answers by {cost:.2f} nats a token: warm up "
+                "longer, or at a larger --lr (sft.py --source posterior)"
+            )
+        change = f"prefixes change the loss of held-out answers by {cost:+.2f} nats a token"
+        if len(self.losses) < 2:
+            return f"{change}; with one domain there is nothing to steer to"
+        gain = mean_of_domains(self.gains())
+        if gain < STEERS:
+            return (
+                f"{change}, but an answer is no likelier under latents of its own domain "
+                f"({gain:+.2f} nats a token): they do not steer; warm up longer from the posterior "
+                "(sft.py --source posterior)"
+            )
+        return f"{change}, and latents steer: the own domain's are {gain:.2f} nats a token likelier"
+
+
+def mean_of_domains(values):
+    """The mean over domains of the mean over their answers."""
+    means = [sum(of_domain) / len(of_domain) for of_domain in values]
+    return sum(means) / len(means)
+
+
+@torch.no_grad()
+def measure_control(
+    model, reader, vae, traces, length, sources=(), style="auto", answers=8, max_tokens=96
+):
+    """The Control of a model under a VAE's prefixes of `length` rows.
+
+    traces: as load_traces gives them; of each domain of the VAE the first `answers` held-out ones
+    (is_held_out) with prompts of at most 2 * max_tokens are read, answers cut at max_tokens.
+    sources: beside "none" and the domains, which are always among them: of prefix.py, or "own".
+    Returns None where a domain has no such trace. The prefix of an answer is a function of the
+    source and of the trace's number.
+    """
+    examples = {}  # number of a trace -> (Prompt, answer ids)
+    count = dict.fromkeys(vae.domains, 0)
+    for number, trace in enumerate(traces):
+        domain = trace["domain"]
+        if is_held_out(number) and count.get(domain, answers) < answers:
+            pair = answer_ids(trace, reader, style, 2 * max_tokens)
+            if pair is not None:
+                prompt, answer = pair
+                examples[number] = (prompt, answer[:max_tokens])
+                count[domain] += 1
+    if 0 in count.values():
+        return None
+
+    table = unshard(model.get_input_embeddings().weight.detach())
+    held_out = [traces[number] for number in examples]
+    pairs = list(examples.values())
+    posterior = None
+    if "own" in sources:
+        posterior = posterior_of(held_out, reader, model, table, vae)
+    losses = {domain: {} for domain in vae.domains}
+    for source in ("none", *vae.domains, *sources):
+        palette = Palette(vae, table, "prior" if source == "own" else source, length)
+        prefixes = []
+        for i, number in enumerate(examples):
+            z = posterior.mu[i : i + 1] if source == "own" else None  # [1, k]
+            prefixes.append(palette.draw(seed_of("control", number), z).embeddings)
+        for trace, loss in zip(held_out, answer_losses(model, pairs, prefixes)):
+            losses[trace["domain"]].setdefault(source, []).append(loss)
+    return Control(losses)
+
+
+@torch.no_grad()
+def answer_losses(model, pairs, prefixes, tokens_per_batch=4096):
+    """The mean loss per token of each answer under its prefix, in nats."""
+    losses = [0.0] * len(pairs)
+    for micro_batch in micro_batches(row_lengths(pairs, prefixes), tokens_per_batch):
+        prompts = [pairs[i][0] for i in micro_batch]
+        answers = [pairs[i][1] for i in micro_batch]
+        leads = [prefixes[i] for i in micro_batch]
+        logprobs, _ = completion_logprobs(model, prompts, answers, leads, with_entropy=False)
+        counts = [len(answer) for answer in answers]
+        for i, of_answer in zip(micro_batch, logprobs.split(counts)):
+            losses[i] = -of_answer.mean().item()
+    return losses
+
+
+def say_control(when, model, reader, vae, traces, length, ranks, style="auto"):
+    """Print the verdict on a small sample: before hours of training, and behind them.
+
+    All ranks measure, as a sharded model needs them all; rank 0 speaks. vae.py, which knows no
+    policy, cannot: the first that says it is the warm-up, before its first update.
+    """
+    control = measure_control(model, reader, vae, traces, length, style=style)
+    if control is not None and ranks.rank == 0:
+        print(f"{when}: {control.verdict()}", flush=True)
+
+
+# ==== The whole stage =============================================================================
+
+
 def make_missing(config, ranks):
     """Make what a world lacks, its base model and its VAE, on rank 0 while the others wait.
 
@@ -1123,7 +1264,11 @@ def train(config, ranks=None):
     prefix_draws = PrefixDraws(vae, table, config, posterior)
 
     run = Run(config.out, settings, ranks, config.resume, config.overwrite)
+    if vae is not None:
+        say_control("before the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
     warm_up(model, reader, pairs, prefix_draws, run, config)
+    if vae is not None:
+        say_control("after the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
     return run
 
 

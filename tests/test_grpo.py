@@ -1562,7 +1562,7 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(world_folder, mo
     sft.main([])
     sft.main(["--source", "none"])
     assert prepare(GRPOConfig(), ALONE) == policies
-    assert read_json("runs/tiny/sft/config.json")["source"] == "prior"
+    assert read_json("runs/tiny/sft/config.json")["source"] == "posterior"
     assert read_json("runs/tiny/sft-none/config.json")["source"] == "none"
 
 
@@ -1580,7 +1580,24 @@ def test_rank_0_makes_base_and_vae_and_all_ranks_warm_up(world_folder, monkeypat
         ("runs/tiny/base", 3, 5)
     ]
     assert len(vaes) == 1
-    assert [call["config"].source for call in warm_ups] == ["none", "prior"] * 2
+    assert [call["config"].source for call in warm_ups] == ["none", "posterior"] * 2
+
+
+def test_the_paper_s_warm_up_and_what_starts_from_it_lie_beside_the_default_one(
+    world_folder, monkeypatch
+):
+    monkeypatch.setattr(tiny_world, "make_policy", lambda *_, **__: None)
+    monkeypatch.setattr(sft, "warm_up", no_training)
+    config = GRPOConfig(warm_up="prior", schedule=["none", "linear"])
+    policies = prepare(config, ALONE)
+    assert policies == {"none": "runs/tiny/sft-none/policy", "linear": "runs/tiny/sft-prior/policy"}
+    kept = read_json("runs/tiny/sft-prior/config.json")
+    assert (kept["source"], kept["steps"], kept["lr"], kept["lengths"]) == ("prior", 10, 3e-6, [1])
+    names = [run_plan.folder.name for run_plan in run_plans(config)]
+    assert names == ["grpo-none-s0", "grpo-linear-from-prior-s0"]
+    sft.main(["--source", "prior"])  # the same stage, finished
+    with pytest.raises(ValueError, match="--warm-up must be one of prior, posterior, not 'gauss'"):
+        GRPOConfig(warm_up="gauss")
 
 
 def test_a_vae_that_is_named_is_used_as_it_is(world_folder, vae, monkeypatch):
@@ -1673,6 +1690,7 @@ def start_run(monkeypatch, policy_folder, vae, folder, schedule="linear", **chan
     """train_run up to its loop."""
     calls = []
     monkeypatch.setattr(grpo, "train_policy", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(grpo, "say_control", lambda *_: None)  # there are no traces
     vae.save(folder / "vae")
     config = small_config(schedule=[schedule], vae=str(folder / "vae"), **changes)
     plan = RunPlan(schedule, seed=7, folder=folder / "run", settings={})
@@ -1764,6 +1782,7 @@ MAY_CHANGE = {
     "vae",
     "traces",
     "limit",
+    "warm_up",
     "sft_lr",
     "base_seed",
     "base_steps",
@@ -1820,7 +1839,7 @@ from pathlib import Path
 import tiny_world
 from tiny_world import DOMAINS, answer, judge, make_reader, style
 
-DEFAULTS = {"steps": 2, "lr": 1e-3, "sft_lr": 1e-5, "max_new_tokens": 6, "eval_questions": 4}
+DEFAULTS = {"steps": 2, "lr": 1e-3, "max_new_tokens": 6, "eval_questions": 4}
 
 
 def load(split, seed=0):

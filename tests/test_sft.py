@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 import sft
 from prefix import Palette, Prompt, load_policy
 from sft import (
+    Control,
     PrefixDraws,
     Ranks,
     Run,
     SFTConfig,
     answer_ids,
     lm_step,
+    measure_control,
     pairs_of,
     posterior_of,
     rows_of_step,
@@ -532,6 +535,76 @@ def test_every_tenth_trace_is_not_trained_on(reader, traces):
     assert sorted(pairs) == [number for number in range(300) if number % 10 != 9]
 
 
+# ---- Control -------------------------------------------------------------------------------------
+
+
+def test_losses_of_control_are_those_of_transformers_on_held_out_answers(
+    model, reader, traces, vae
+):
+    """Every tenth trace; under its domain's prefix, its own mean latent, and without."""
+    control = measure_control(model, reader, vae, traces, 4, ("own",), answers=3, max_tokens=64)
+    number = 19  # the second held-out trace of its domain is the fifth of all
+    domain = traces[number]["domain"]
+    of_domain = [i for i in range(9, 300, 10) if traces[i]["domain"] == domain]
+    place = of_domain.index(number)
+    prompt, answer = answer_ids(traces[number], reader, "auto", 64)
+    posterior = posterior_of([traces[number]], reader, model, table_of(model), vae)
+    palette = Palette(vae, table_of(model), domain, 4)
+    seed = seed_of("control", number)
+    prefixes = {
+        "none": torch.zeros(0, 128),
+        domain: palette.draw(seed).embeddings,
+        "own": vae.decode(posterior.mu).expand(4, -1),
+    }
+    for source, prefix in prefixes.items():
+        embedded = model.get_input_embeddings()(torch.tensor(prompt.ids + answer))
+        inputs = torch.cat([prefix, embedded])
+        labels = [-100] * (len(prefix) + len(prompt.ids)) + answer
+        with torch.no_grad():
+            loss = model(inputs_embeds=inputs[None], labels=torch.tensor([labels])).loss
+        assert control.losses[domain][source][place] == pytest.approx(loss.item(), rel=1e-4)
+    for losses in control.losses.values():
+        assert list(losses) == ["none", *vae.domains, "own"]
+        assert {len(values) for values in losses.values()} == {3}
+
+
+def test_answers_of_control_are_cut_and_a_domain_without_any_has_none(model, reader, traces, vae):
+    short = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=8)
+    long = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=64)
+    assert short.losses["math"]["none"] != long.losses["math"]["none"]
+    assert measure_control(model, reader, vae, traces[:20], 1) is None  # one held out, of 3 domains
+
+
+def losses_of(none, own, other):
+    """Two domains whose answers have these losses without, and under either domain's prefix."""
+    return {
+        "a": {"none": [none, none], "a": [own, own], "b": [other, other]},
+        "b": {"none": [none], "a": [other], "b": [own]},
+    }
+
+
+@pytest.mark.parametrize(
+    "losses, verdict",
+    [
+        (losses_of(1.0, 5.1, 5.0), "raise the loss of held-out answers by 4.10 nats a token: warm"),
+        (losses_of(1.0, 1.2, 1.2), "by +0.20 .* no likelier .*they do not steer"),
+        (losses_of(1.0, 0.4, 1.1), "by -0.60 .* latents steer: .* 0.70 nats a token likelier"),
+        ({"a": {"none": [1.0], "a": [0.9]}}, "by -0.10 .*; with one domain there is nothing"),
+    ],
+)
+def test_the_verdict_says_what_prefixes_cost_and_whether_they_steer(losses, verdict):
+    assert re.search(verdict.replace("+", r"\+"), Control(losses).verdict())
+
+
+def test_domains_weigh_the_same_and_gains_are_paired_by_answer():
+    losses = losses_of(1.0, 0.4, 1.1)
+    losses["b"]["a"] = [3.0]
+    control = Control(losses)
+    assert control.gains() == [pytest.approx([0.7, 0.7]), pytest.approx([2.6])]
+    assert sft.mean_of_domains(control.gains()) == pytest.approx(1.65)
+    assert control.costs() == [pytest.approx([-0.6, -0.6]), pytest.approx([-0.6])]
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -951,6 +1024,22 @@ def test_an_unknown_source_is_refused_before_the_model_is_loaded(tmp_path, vae, 
     config = settings(source="poetry", vae="vae", traces=["traces.jsonl"], device="cpu")
     with pytest.raises(ValueError, match="unknown prefix source 'poetry'"):
         sft.train(config)  # its model "m" is nowhere
+
+
+def test_the_whole_stage_from_the_posterior_says_what_prefixes_do_before_and_after(
+    tmp_path, policy_folder, vae, traces, capsys
+):
+    vae.save(tmp_path / "vae")
+    lines = [json.dumps(trace) + "\n" for trace in traces]
+    (tmp_path / "traces.jsonl").write_text("".join(lines))
+    changes = {"model": str(policy_folder), "vae": str(tmp_path / "vae"), "source": "posterior"}
+    changes["traces"] = [str(tmp_path / "traces.jsonl")]
+    run = sft.train(settings(**changes, out=str(tmp_path / "run"), device="cpu", steps=2))
+    kept = json.loads((run.folder / "config.json").read_text())
+    assert (kept["source"], kept["lengths"], kept["unguided"]) == ("posterior", [1, 2, 4, 8], 0.0)
+    output = capsys.readouterr().out
+    assert "before the warm-up: prefixes " in output
+    assert "after the warm-up: prefixes " in output
 
 
 def test_the_whole_stage_trains_once_and_keeps_what_it_is_made_of(
