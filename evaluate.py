@@ -22,7 +22,7 @@ Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out
     python evaluate.py                          # the tiny base model, made where it is missing
     python evaluate.py --model tiny-vl          # its sister for pictures: Table 2 and boxes.png
     python evaluate.py --model runs/tiny/sft    # after the warm-up
-    python evaluate.py --model runs/tiny/sft --control      # control.json, control.md: no task
+    python evaluate.py --model runs/tiny/sft --control --answers 64     # control.md: no task
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k math --samples 8
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task mine=my_questions.jsonl
 """
@@ -929,7 +929,7 @@ class EvaluateConfig:
     control: bool = HfArg(
         default=False, help="measure the loss of answers under prefixes", compare=False
     )
-    answers: int = HfArg(default=24, help="held-out answers a domain", compare=False)
+    answers: int = HfArg(default=8, help="held-out answers a domain", compare=False)
     traces: list[str] | None = HfArg(
         default=None, help="[DOMAIN=]SOURCE (default: those of the VAE)", compare=False
     )

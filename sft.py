@@ -770,13 +770,13 @@ class TrainingConfig:
 # Defaults by the source of prefixes, where a world has no others (DEFAULTS["sft"] of its file). The
 # ten updates are the paper's, all else is our choice.
 WARM_UPS = {
-    "prior": {"steps": 10, "lr": 1e-5},
-    "posterior": {"steps": 100, "lr": 3e-5},
+    "prior": {"steps": 10, "lr": 1e-5, "tokens_per_batch": 4096},
+    "posterior": {"steps": 100, "lr": 3e-5, "tokens_per_batch": 4096},
 }
 
 
 def warm_up_defaults(model, source):
-    """{steps, lr} of a warm-up; any source but the posterior is treated as the paper's."""
+    """{name of a field: value} of a warm-up; all sources but the posterior have the paper's."""
     kind = "posterior" if source == "posterior" else "prior"
     of_world = world_defaults(model).get("sft", {})
     return {**WARM_UPS[kind], **of_world.get(kind, {})}
@@ -838,7 +838,6 @@ class SFTConfig(TrainingConfig):
     )
     max_tokens: int = HfArg(default=512, help="longest prompt, and longest answer, in tokens")
     seed: int = HfArg(default=0, help="seed of everything random")
-    tokens_per_batch: int = HfArg(default=4096, help="of a micro-batch", compare=False)
     save_every: int = HfArg(default=100, help="steps between checkpoints", compare=False)
 
     def __post_init__(self):

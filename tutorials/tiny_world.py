@@ -209,7 +209,10 @@ DEFAULTS = {
     "schedule": ["none", "two-phase", "linear"],
     "lr": 4e-4,
     "warm_up": "posterior",
-    "sft": {"prior": {"lr": 3e-6}, "posterior": {"steps": 100, "lr": 1e-4}},
+    "sft": {
+        "prior": {"lr": 3e-6, "tokens_per_batch": 1024},
+        "posterior": {"lr": 1e-4, "tokens_per_batch": 1024},
+    },
     "steps": 60,
     "max_new_tokens": 34,
     "eval_questions": 256,
