@@ -208,6 +208,9 @@ class GRPOConfig(sft.TrainingConfig):
     sft_lr: float | None = HfArg(
         default=None, help="of the warm-up (default: as in sft.py)", compare=False
     )
+    sft_steps: int | None = HfArg(
+        default=None, help="of the warm-up (default: as in sft.py)", compare=False
+    )
     base_seed: int = HfArg(default=0, help="seed of a world's base model", compare=False)
     base_steps: int | None = HfArg(default=None, help="its pretraining steps", compare=False)
 
@@ -221,7 +224,7 @@ class GRPOConfig(sft.TrainingConfig):
         super().__post_init__()
         require_at_least(self, group=2, steps=1, prompts=1, epochs=1, minibatches=1)
         require_at_least(self, max_new_tokens=1, slots=1, eval_every=1, eval_questions=1)
-        require_at_least(self, limit=1, base_steps=1)
+        require_at_least(self, limit=1, base_steps=1, sft_steps=1)
         require_at_least(self, length=0, clip_low=0, clip_high=0, resample=0, tis=0, kl=0, lr=0)
         require_at_least(self, sft_lr=0, temperature=0, closing_questions=0)
         self.check_combinations()
@@ -933,8 +936,10 @@ def prepare(config, ranks):
         policy = f"{folder}/policy"
         if policy not in policies.values():
             settings.update(sft.warm_up_defaults(config.model, source))
-            if config.sft_lr is not None:
-                settings["lr"] = config.sft_lr
+            for name in ("lr", "steps"):
+                value = getattr(config, f"sft_{name}")
+                if value is not None:
+                    settings[name] = value
             settings.update(out=folder, source=source, vae=vae_folder(config))
             with stage("warm-up", folder, "sft.py", ranks):
                 sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)

@@ -1596,6 +1596,13 @@ def test_the_paper_s_warm_up_and_what_starts_from_it_lie_beside_the_default_one(
     names = [run_plan.folder.name for run_plan in run_plans(config)]
     assert names == ["grpo-none-s0", "grpo-linear-from-prior-s0"]
     sft.main(["--source", "prior"])  # the same stage, finished
+    changed = dataclasses.replace(
+        config, out="other", sft_lr=1e-3, sft_steps=3, vae="runs/tiny/vae"
+    )
+    prepare(dataclasses.replace(changed, traces=["runs/tiny/base/traces.jsonl"]), ALONE)
+    for folder in ("sft-none", "sft-prior"):
+        kept = read_json(f"other/{folder}/config.json")
+        assert (kept["steps"], kept["lr"]) == (3, 1e-3)
     with pytest.raises(ValueError, match="--warm-up must be one of prior, posterior, not 'gauss'"):
         GRPOConfig(warm_up="gauss")
 
@@ -1784,6 +1791,7 @@ MAY_CHANGE = {
     "limit",
     "warm_up",
     "sft_lr",
+    "sft_steps",
     "base_seed",
     "base_steps",
 }
