@@ -731,11 +731,13 @@ def save_control(control, config, seconds, device):
     records = []
     differences = []
     for domain, sources in figures["losses"].items():
-        records.append({"loss of": domain, **{s: f"{x['loss']:.3f}" for s, x in sources.items()}})
+        record = {"loss of": domain}
         difference = {"above none [95%]": domain}
         for source, values in sources.items():
+            record[source] = f"{values['loss']:.3f}"
             if source != "none":
                 difference[source] = interval(values["above_none"])
+        records.append(record)
         differences.append(difference)
 
     lines = [f"a prefix of the own domain costs {interval(figures['cost'])} nats a token"]

@@ -939,6 +939,15 @@ def row_lengths(pairs, prefixes):
     return lengths
 
 
+def say_left_out(pairs, traces, config):
+    """Print how many traces are not trained on as their prompts are too long, if any."""
+    to_train_on = sum(not is_held_out(number) for number in range(len(traces)))
+    left_out = to_train_on - len(pairs)
+    if left_out > 0:
+        limit = f"--max-tokens {config.max_tokens}"
+        print(f"left out {left_out} of {to_train_on} traces: prompts over {limit}")
+
+
 def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
     """Backward of the mean negative log-likelihood of the answers under their prefixes (Eq. 11).
 
@@ -1218,6 +1227,30 @@ def make_missing(config, ranks):
     return replace(config, model=base)
 
 
+def load_vae(config):
+    """The VAE of the settings, or None where their source needs none.
+
+    ValueError for a source that there is not.
+    """
+    vae = None
+    domains = ()
+    if config.needs_vae:
+        vae = VAE.load(config.vae)
+        domains = vae.domains
+    check_source(config.source, [*domains, "posterior"])
+    return vae
+
+
+def default_lengths(source, vae):
+    """From the posterior several L, so that the model follows a prefix of any; else one z's rows.
+
+    The rows that one z makes are parts of a whole, by a GPT decoder: there L is their number.
+    """
+    if vae is not None and vae.rows_per_z > 1:
+        return [vae.rows_per_z]
+    return [1, 2, 4, 8] if source == "posterior" else [1]
+
+
 def train(config, ranks=None):
     """The whole warm-up: check, make what is missing, load, train. Returns its Run.
 
@@ -1229,19 +1262,9 @@ def train(config, ranks=None):
     check_traces(config.traces, config.limit, skip=world_traces(config.model))
     config = make_missing(config, ranks)
 
-    vae = None
-    domains = ()
-    rows_per_z = 1
-    if config.needs_vae:
-        vae = VAE.load(config.vae)
-        domains = vae.domains
-        rows_per_z = vae.rows_per_z
-    check_source(config.source, [*domains, "posterior"])
+    vae = load_vae(config)
     if config.lengths is None and config.source != "none":
-        lengths = [rows_per_z]
-        if config.source == "posterior" and rows_per_z == 1:
-            lengths = [1, 2, 4, 8]
-        config = replace(config, lengths=lengths)
+        config = replace(config, lengths=default_lengths(config.source, vae))
 
     settings = result_settings(config)
     if not config.overwrite and is_finished(config.out, settings, config.resume):
@@ -1251,11 +1274,8 @@ def train(config, ranks=None):
     traces = load_traces(config.traces, config.limit)
     model, reader = load_trainable(find_model(config.model), ranks, config)
     pairs = pairs_of(traces, reader, config)
-    trained_on = sum(not is_held_out(number) for number in range(len(traces)))
-    if ranks.rank == 0 and len(pairs) < trained_on:
-        left_out = trained_on - len(pairs)
-        limit = f"--max-tokens {config.max_tokens}"
-        print(f"left out {left_out} of {trained_on} traces: prompts over {limit}")
+    if ranks.rank == 0:
+        say_left_out(pairs, traces, config)
     table = unshard(model.get_input_embeddings().weight.detach())
     posterior = None
     if config.source == "posterior":

@@ -40,7 +40,7 @@ ARMS = ("greedy", "sampling", "noise", "gauss", "latent", "latent + sampling")
 PASS = ("pass@1", "pass@8", "pass@32")
 RARE = ("math", "code")  # the styles whose leak counts
 SCHEDULES = ("none", "two-phase", "linear")
-QUICK = {"--base-steps": 60, "--sft-steps": 3, "--steps": 3, "--eval-questions": 16}
+QUICK = {"--base-steps": 30, "--sft-steps": 2, "--steps": 2, "--eval-questions": 8}
 FEW_GUIDED = "0:1,0.5:1,0.5:0.25"  # two-phase, but a quarter of the rollouts stays guided
 # RL runs (of grpo.py, without their seed) whose policies are asked whether latents still steer them
 AFTER_RL = {
@@ -88,7 +88,10 @@ def run_controls(command, arms, out, args):
     size = ["--questions", "64", "--samples", "8"]
     if args.quick:
         size = ["--questions", "2", "--samples", "2"]
-    for run in AFTER_RL.values():
+    runs = list(AFTER_RL.values())
+    if args.quick:
+        runs = runs[:1]
+    for run in runs:
         measure = ["evaluate.py", "--model", f"{out}/{run}-s{args.seeds[0]}", "--vae", f"{out}/vae"]
         measure += ["--arms", "sampling", *STYLES, *size, "--out", f"{out}/after/{run}"]
         run_command(f"after-{run}", measure, out)
@@ -158,7 +161,9 @@ def read_controls(out):
     figures["paper"] = {"control": control_of(paper, STYLES), "arms": paper}
     figures["after_rl"] = {}
     for name, run in AFTER_RL.items():
-        figures["after_rl"][name] = control_of(read_arms(out / "after" / run, STYLES), STYLES)
+        folder = out / "after" / run
+        if folder.is_dir():  # --quick leaves most of them out
+            figures["after_rl"][name] = control_of(read_arms(folder, STYLES), STYLES)
     return figures
 
 
