@@ -211,7 +211,7 @@ DEFAULTS = {
     "warm_up": "posterior",
     "sft": {
         "prior": {"lr": 3e-6, "tokens_per_batch": 1024},
-        "posterior": {"lr": 1e-4, "tokens_per_batch": 1024},
+        "posterior": {"lr": 2e-4, "tokens_per_batch": 1024},
     },
     "steps": 60,
     "max_new_tokens": 34,
