@@ -1098,12 +1098,17 @@ def train(config):
     policies = prepare(config, ranks)
     check_domains(config)  # now the VAE names its domains
     check_model(config, task, policies[config.schedule[0]])
+    corpus = corpus_of(config)
     folders = {}
     for run_plan in run_plans(config):
         run = Run(run_plan.folder, run_plan.settings, ranks, config.resume, config.overwrite)
         folders.setdefault(run_plan.schedule, []).append(run_plan.folder)
         if not run.finished:
-            train_run(run_plan, run, task, rewards, policies[run_plan.schedule], config)
+            start = policies[run_plan.schedule]
+            traces = []
+            if run_plan.schedule != "none":
+                traces = vae.load_traces(corpus["traces"], corpus["limit"])
+            train_run(run_plan, run, task, rewards, start, config, traces)
         elif ranks.rank == 0:
             print(f"using {run_plan.folder}")
 
@@ -1113,8 +1118,11 @@ def train(config):
     return report(config, policies, folders, ranks.device)
 
 
-def train_run(run_plan, run, task, rewards, start, config):
-    """One RL run, from the policy in the folder `start`."""
+def train_run(run_plan, run, task, rewards, start, config, traces=()):
+    """One RL run, from the policy in the folder `start`.
+
+    traces: on which it is said, before the hours that RL takes, whether prefixes steer.
+    """
     model, reader = sft.load_trainable(start, run.ranks, config)
     reference = None
     if config.kl:
@@ -1129,19 +1137,13 @@ def train_run(run_plan, run, task, rewards, start, config):
 
     ends = end_ids(model, reader.tokenizer)
     decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
-    if latents is not None and config.length > 0:
-        say_control(model, reader, latents, run.ranks, config)
+    if latents is not None and config.length > 0 and traces:
+        style = style_of_answers(config)
+        length = config.length
+        sft.say_control("before RL", model, reader, latents, traces, length, run.ranks, style)
     schedule = points_of(run_plan.schedule)
     sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
     train_policy(model, sampler, run, config, reference)
-
-
-def say_control(model, reader, latents, ranks, config):
-    """Print whether prefixes do what RL is to select from, before the hours that it takes."""
-    corpus = corpus_of(config)
-    traces = vae.load_traces(corpus["traces"], corpus["limit"])
-    style = style_of_answers(config)
-    sft.say_control("before RL", model, reader, latents, traces, config.length, ranks, style)
 
 
 # ---- the tables at the end -----------------------------------------------------------------------

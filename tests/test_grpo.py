@@ -1596,6 +1596,8 @@ def test_the_paper_s_warm_up_and_what_starts_from_it_lie_beside_the_default_one(
     names = [run_plan.folder.name for run_plan in run_plans(config)]
     assert names == ["grpo-none-s0", "grpo-linear-from-prior-s0"]
     sft.main(["--source", "prior"])  # the same stage, finished
+    Path("other").mkdir()
+    Path("other/base").symlink_to(Path("runs/tiny/base").resolve())
     changed = dataclasses.replace(
         config, out="other", sft_lr=1e-3, sft_steps=3, vae="runs/tiny/vae"
     )
@@ -1697,7 +1699,6 @@ def start_run(monkeypatch, policy_folder, vae, folder, schedule="linear", **chan
     """train_run up to its loop."""
     calls = []
     monkeypatch.setattr(grpo, "train_policy", lambda *arguments: calls.append(arguments))
-    monkeypatch.setattr(grpo, "say_control", lambda *_: None)  # there are no traces
     vae.save(folder / "vae")
     config = small_config(schedule=[schedule], vae=str(folder / "vae"), **changes)
     plan = RunPlan(schedule, seed=7, folder=folder / "run", settings={})
