@@ -921,6 +921,7 @@ def test_the_settings_that_a_world_fills_in():
     assert (config.vae, config.out) == ("runs/tiny/vae", "runs/tiny/sft")
     assert (config.traces, config.limit) == (["runs/tiny/base/traces.jsonl"], 10**9)
     assert (config.source, config.steps, config.batch, config.lr) == ("posterior", 100, 64, 2e-4)
+    assert config.lengths == [4, 8]
     for source in ("none", "prior"):
         baseline = SFTConfig(source=source)
         assert baseline.out == f"runs/tiny/sft-{source}"

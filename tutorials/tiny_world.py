@@ -211,7 +211,8 @@ DEFAULTS = {
     "warm_up": "posterior",
     "sft": {
         "prior": {"lr": 3e-6, "tokens_per_batch": 1024},
-        "posterior": {"lr": 2e-4, "tokens_per_batch": 1024},
+        # shorter prefixes are too close to none: their styles leak into answers without prefix
+        "posterior": {"lr": 2e-4, "lengths": [4, 8], "tokens_per_batch": 1024},
     },
     "steps": 60,
     "max_new_tokens": 34,
