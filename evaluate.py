@@ -11,6 +11,10 @@ n different prefixes, or both. Is a gain really from the latent? The controls te
 pass@k is the unbiased estimator of Chen et al. 2021; differences to a reference arm carry a paired
 bootstrap interval. Every source of prefixes in prefix.SOURCES that names an arm is one here.
 
+`--control` measures without a task or a judge: the loss of held-out answers of each domain under
+prefixes of each source. What does a prefix cost, and is an answer likelier under latents of its own
+domain? Held out is every tenth trace, which neither the VAE nor the warm-up learns from.
+
 Departs from the paper: it evaluates each arm on its own benchmark and model and gives no
 intervals; here all arms see the same questions, the same policy and the same number of samples.
 
@@ -18,6 +22,7 @@ Run it (writes results.json, results.md, samples.jsonl, pass_at_k.png into --out
     python evaluate.py                          # the tiny base model, made where it is missing
     python evaluate.py --model tiny-vl          # its sister for pictures: Table 2 and boxes.png
     python evaluate.py --model runs/tiny/sft    # after the warm-up
+    python evaluate.py --model runs/tiny/sft --control --answers 64     # control.md: no task
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task gsm8k math --samples 8
     python evaluate.py --model runs/qwen/sft --vae runs/qwen/vae --task mine=my_questions.jsonl
 """
@@ -59,8 +64,8 @@ from rewards import (
     world_of,
     world_root,
 )
-from sft import device_of, seed_of
-from vae import VAE, open_image, read_json, require_at_least, write_text
+from sft import Control, device_of, measure_control, seed_of
+from vae import VAE, load_traces, open_image, read_json, require_at_least, write_text
 
 # ---- estimators ----------------------------------------------------------------------------------
 
@@ -688,6 +693,97 @@ def save_results(config, tasks, results, note):
     return figures
 
 
+# ---- control: losses under prefixes --------------------------------------------------------------
+
+CONTROL_SOURCES = ("prior", "gauss", "noise", "own")  # beside none and every domain
+
+
+def evaluate_control(config):
+    """Measure control; write control.json and control.md, print the tables. Returns a Control.
+
+    Traces are those that the VAE was trained on, of which every tenth is held out, or --traces.
+    ValueError where they cannot be had, or a domain has none of them.
+    """
+    began = time.time()
+    vae = load_vae(config)
+    if vae is None:
+        raise ValueError("--control measures what latents do: it needs a VAE, not --vae none")
+    settings = read_json(Path(config.vae) / "config.json").get("settings", {})
+    specs = config.traces or settings.get("traces")
+    if not specs:
+        raise ValueError(f"{config.vae} does not say on which traces: give them by --traces")
+    traces = load_traces(specs, config.limit or settings.get("limit") or 2000)
+
+    device = torch.device(device_of(config.device))
+    model, reader = load_policy(config.model, device, getattr(torch, config.dtype))
+    control = measure_control(
+        model, reader, vae, traces, config.length, CONTROL_SOURCES, config.prompt, config.answers
+    )
+    if control is None:
+        raise ValueError("a domain has no held-out trace of a short prompt: more traces are needed")
+    save_control(control, config, time.time() - began, device)
+    return control
+
+
+def save_control(control, config, seconds, device):
+    """Write control.json and control.md, print the tables and the verdict."""
+    figures = control_figures(control)
+    records = []
+    differences = []
+    for domain, sources in figures["losses"].items():
+        record = {"loss of": domain}
+        difference = {"above none [95%]": domain}
+        for source, values in sources.items():
+            record[source] = f"{values['loss']:.3f}"
+            if source != "none":
+                difference[source] = interval(values["above_none"])
+        records.append(record)
+        differences.append(difference)
+
+    lines = [f"a prefix of the own domain costs {interval(figures['cost'])} nats a token"]
+    if "gain" in figures:
+        gain = interval(figures["gain"])
+        lines.append(f"latents of the own domain, not of the others: {gain} nats a token likelier")
+    lines.append(control.verdict())
+    note = (
+        f"{config.model}: {config.answers} held-out answers a domain, L = {config.length}; "
+        f"{date.today()}, {seconds:.0f} s on {hardware(device)}"
+    )
+    sentences = "".join(f"- {line}\n" for line in lines)
+    tables = f"{markdown(table_of(records))}\n\n{markdown(table_of(differences))}"
+    text = f"{tables}\n\n{sentences}\n{note}\n"
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "control.json", json.dumps({"note": note, **figures}, indent=1))
+    write_text(out / "control.md", text)
+    print(f"\n{text}saved {out}/control.json")
+
+
+def control_figures(control: Control):
+    """{losses: {domain: {source: {loss, above_none}}}, cost, gain}: all but losses are intervals.
+
+    Intervals are (mean, low, high) of `bootstrap`, paired by answer. One domain has no gain.
+    """
+    figures = {"losses": {}}
+    for domain, losses in control.losses.items():
+        figures["losses"][domain] = {}
+        for source, values in losses.items():
+            mean, _ = mean_and_error(values)
+            above_none = bootstrap(control.differences(domain, source))
+            figures["losses"][domain][source] = {"loss": mean, "above_none": above_none}
+    figures["cost"] = bootstrap(*control.costs())
+    if control.gains():
+        figures["gain"] = bootstrap(*control.gains())
+    return figures
+
+
+def interval(figure):
+    """(mean, low, high) as text."""
+    mean, low, high = figure
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 # Okabe and Ito's colours, for every eye.
@@ -831,6 +927,18 @@ class EvaluateConfig:
         default=None, help="longest answer (default: the world's, 512 for other tasks)"
     )
 
+    # Control, in place of the arms.
+    control: bool = HfArg(
+        default=False, help="measure the loss of answers under prefixes", compare=False
+    )
+    answers: int = HfArg(default=8, help="held-out answers a domain", compare=False)
+    traces: list[str] | None = HfArg(
+        default=None, help="[DOMAIN=]SOURCE (default: those of the VAE)", compare=False
+    )
+    limit: int | None = HfArg(
+        default=None, help="traces kept per source (default: as the VAE)", compare=False
+    )
+
     # Machine and seed.
     device: str = HfArg(default="auto", help="auto, cpu, cuda or mps", compare=False)
     dtype: Literal["float32", "bfloat16"] = HfArg(default="float32", help="of the weights")
@@ -851,7 +959,9 @@ class EvaluateConfig:
             if self.task == [world] or world_of(self.model) is not None:
                 self.max_new_tokens = world_defaults(world).get("max_new_tokens", 512)
 
-        require_at_least(self, questions=1, samples=1, length=0, slots=1)
+        require_at_least(self, questions=1, samples=1, length=0, slots=1, answers=1, limit=1)
+        if self.control and self.length == 0:
+            raise ValueError("--control measures what prefixes do: --length must be at least 1")
         require_at_least(self, temperature=0, top_k=0, max_new_tokens=1)
         Sampling(self.temperature, self.top_p, self.top_k, max_new_tokens=self.max_new_tokens)
         self.sources()
@@ -936,7 +1046,10 @@ def evaluate(config):
 
 def main(argv=None):
     """The command line."""
-    return evaluate(vae_stage.parse_settings(EvaluateConfig, __doc__, argv))
+    config = vae_stage.parse_settings(EvaluateConfig, __doc__, argv)
+    if config.control:
+        return evaluate_control(config)
+    return evaluate(config)
 
 
 if __name__ == "__main__":

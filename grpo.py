@@ -115,7 +115,7 @@ REAL_MODEL = {
     "schedule": ["two-phase"],
     "steps": 200,
     "lr": 1e-6,
-    "sft_lr": 1e-5,
+    "warm_up": "prior",
     "max_new_tokens": 512,
     "eval_questions": 128,
     "closing_questions": 16,
@@ -199,7 +199,18 @@ class GRPOConfig(sft.TrainingConfig):
     vae: str | None = HfArg(default=None, help="VAE folder (default: OUT/vae)", compare=False)
     traces: list[str] | None = HfArg(default=None, help="[DOMAIN=]SOURCE ...", compare=False)
     limit: int = HfArg(default=2000, help="traces kept per source of your own", compare=False)
-    sft_lr: float | None = HfArg(default=None, help="of the warm-up", compare=False)
+    warm_up: Literal["prior", "posterior"] | None = HfArg(
+        default=None,
+        help="its prefixes: posterior (from the trace's own latent), or prior, as in the paper "
+        "(default: the world's, or prior)",
+        compare=False,
+    )
+    sft_lr: float | None = HfArg(
+        default=None, help="of the warm-up (default: as in sft.py)", compare=False
+    )
+    sft_steps: int | None = HfArg(
+        default=None, help="of the warm-up (default: as in sft.py)", compare=False
+    )
     base_seed: int = HfArg(default=0, help="seed of a world's base model", compare=False)
     base_steps: int | None = HfArg(default=None, help="its pretraining steps", compare=False)
 
@@ -213,7 +224,7 @@ class GRPOConfig(sft.TrainingConfig):
         super().__post_init__()
         require_at_least(self, group=2, steps=1, prompts=1, epochs=1, minibatches=1)
         require_at_least(self, max_new_tokens=1, slots=1, eval_every=1, eval_questions=1)
-        require_at_least(self, limit=1, base_steps=1)
+        require_at_least(self, limit=1, base_steps=1, sft_steps=1)
         require_at_least(self, length=0, clip_low=0, clip_high=0, resample=0, tis=0, kl=0, lr=0)
         require_at_least(self, sft_lr=0, temperature=0, closing_questions=0)
         self.check_combinations()
@@ -918,34 +929,51 @@ def prepare(config, ranks):
         if ranks.rank == 0 and not named_by_user:
             vae.train(vae.VAEConfig(out=vae_folder(config), **corpus))
 
-    # The few-shot format is one of questions: worked answers follow no examples.
-    settings = {"prompt": "plain" if config.prompt == "few-shot" else config.prompt}
+    settings = {"prompt": style_of_answers(config)}
     for name in ("device", "precision", "fsdp", "checkpointing"):
         settings[name] = getattr(config, name)
     policies = {}
     for schedule in config.schedule:
-        source = "none" if schedule == "none" else "prior"
-        folder = f"{config.out}/sft-none" if source == "none" else f"{config.out}/sft"
+        source = "none" if schedule == "none" else config.warm_up
+        folder = sft.warm_up_folder(config.out, config.model, source)
         policy = f"{folder}/policy"
         if policy not in policies.values():
-            settings.update(out=folder, source=source, lr=config.sft_lr, vae=vae_folder(config))
+            settings.update(sft.warm_up_defaults(config.model, source))
+            for name in ("lr", "steps"):
+                value = getattr(config, f"sft_{name}")
+                if value is not None:
+                    settings[name] = value
+            settings.update(out=folder, source=source, vae=vae_folder(config))
             with stage("warm-up", folder, "sft.py", ranks):
                 sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)
         policies[schedule] = policy
     return policies
 
 
-def prepare_base(config, ranks):
-    """Make a world's base model. Returns {model, traces, limit}: what VAE and warm-up read."""
+def style_of_answers(config):
+    """The prompt format of worked answers; few-shot is one of questions: no examples precede."""
+    return "plain" if config.prompt == "few-shot" else config.prompt
+
+
+def corpus_of(config):
+    """{model, traces, limit}: what VAE and warm-up read."""
     corpus = {"model": config.model, "traces": config.traces, "limit": config.limit}
+    if world_of(config.model) is not None:
+        base = f"{config.out}/base"
+        corpus["model"] = base
+        if not config.traces:
+            corpus["traces"] = [f"{base}/traces.jsonl"]
+            corpus["limit"] = 10**9
+    return corpus
+
+
+def prepare_base(config, ranks):
+    """Make a world's base model. Returns corpus_of the settings."""
+    corpus = corpus_of(config)
     world = world_of(config.model)
     if world is None:
         return corpus
-    base = f"{config.out}/base"
-    corpus["model"] = base
-    if not config.traces:
-        corpus["traces"] = [f"{base}/traces.jsonl"]
-        corpus["limit"] = 10**9
+    base = corpus["model"]
     with stage("base model", base, world.__file__, ranks):
         if ranks.rank == 0:
             steps = {} if config.base_steps is None else {"steps": config.base_steps}
@@ -984,6 +1012,13 @@ class RunPlan:
     settings: dict  # what its config.json keeps
 
 
+def start_suffix(config):
+    """What tells results apart that start from another warm-up than the default one."""
+    if config.warm_up == sft.default_source(config.model):
+        return ""
+    return f"-from-{config.warm_up}"
+
+
 def run_plans(config):
     """A RunPlan for each schedule with each seed."""
     plans = []
@@ -993,6 +1028,8 @@ def run_plans(config):
             name = "rho" + schedule.replace(":", "=").replace(",", "_")
         if config.source != "prior" and schedule != "none":
             name += f"-{config.source}"
+        if schedule != "none":
+            name += start_suffix(config)
         for seed in config.seed:
             folder = Path(config.out) / f"{config.algorithm}-{name}-s{seed}"
             settings = {**vae.result_settings(config), "schedule": schedule, "seed": seed}
@@ -1064,12 +1101,17 @@ def train(config):
     policies = prepare(config, ranks)
     check_domains(config)  # now the VAE names its domains
     check_model(config, task, policies[config.schedule[0]])
+    corpus = corpus_of(config)
     folders = {}
     for run_plan in run_plans(config):
         run = Run(run_plan.folder, run_plan.settings, ranks, config.resume, config.overwrite)
         folders.setdefault(run_plan.schedule, []).append(run_plan.folder)
         if not run.finished:
-            train_run(run_plan, run, task, rewards, policies[run_plan.schedule], config)
+            start = policies[run_plan.schedule]
+            traces = []
+            if run_plan.schedule != "none":
+                traces = vae.load_traces(corpus["traces"], corpus["limit"])
+            train_run(run_plan, run, task, rewards, start, config, traces)
         elif ranks.rank == 0:
             print(f"using {run_plan.folder}")
 
@@ -1079,8 +1121,11 @@ def train(config):
     return report(config, policies, folders, ranks.device)
 
 
-def train_run(run_plan, run, task, rewards, start, config):
-    """One RL run, from the policy in the folder `start`."""
+def train_run(run_plan, run, task, rewards, start, config, traces=()):
+    """One RL run, from the policy in the folder `start`.
+
+    traces: on which it is said, before the hours that RL takes, whether prefixes steer.
+    """
     model, reader = sft.load_trainable(start, run.ranks, config)
     reference = None
     if config.kl:
@@ -1095,6 +1140,10 @@ def train_run(run_plan, run, task, rewards, start, config):
 
     ends = end_ids(model, reader.tokenizer)
     decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
+    if latents is not None and config.length > 0 and traces:
+        style = style_of_answers(config)
+        length = config.length
+        sft.say_control("before RL", model, reader, latents, traces, length, run.ranks, style)
     schedule = points_of(run_plan.schedule)
     sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
     train_policy(model, sampler, run, config, reference)
@@ -1152,7 +1201,8 @@ def rl_rows(figures_by_name):
 def report(config, policies, folders, device):
     """The tables that close the job; returns {schedule: rl_figures}."""
     root = Path(config.out)
-    name = f"{config.algorithm}-{config.source}"
+    suffix = start_suffix(config)
+    name = f"{config.algorithm}-{config.source}{suffix}"
     figures = {schedule: rl_figures(runs) for schedule, runs in folders.items()}
     named_figures = {f"{name} {schedule}": values for schedule, values in figures.items()}
     table = evaluate.markdown(rl_rows(named_figures))
@@ -1160,7 +1210,7 @@ def report(config, policies, folders, device):
     vae.write_text(root / f"{name}.md", table + "\n")
 
     if config.closing_questions > 0:
-        report_arms(config, policies, root / "evaluation")
+        report_arms(config, policies, root / f"evaluation{suffix}")
     rollouts = f"{config.prompts} x {config.group} rollouts"
     print(f"\nWhat injection does in RL ({config.steps} steps of {rollouts}):\n")
     print(table)

@@ -278,13 +278,14 @@ class Palette:
             raise ValueError(f"a fixed z must have 1 or L = {length} rows, not {len(self.z)}")
 
     @torch.no_grad()
-    def draw(self, seed):
-        """The Prefix of a seed; an empty one where L is 0."""
+    def draw(self, seed, z=None):
+        """The Prefix of a seed, or of latents z [draws, k]; an empty one where L is 0."""
         if self.length == 0:
             return Prefix()
         draws = 1 if self.tiled else self.draws_to_fill
-        if self.z is not None:
-            prefix = self.decode(self.z)
+        z = self.z if z is None else z
+        if z is not None:
+            prefix = self.decode(z)
         elif self.source in SOURCES:
             prefix = SOURCES[self.source].draw(self, seed, draws)
         else:

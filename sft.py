@@ -1,17 +1,23 @@
 """The warm-up under a prefix (Eq. 11), the simplest training loop, and what every loop shares.
 
 Part 1 is shared: ranks, the model and its optimizer step, metrics by name, run folders with exact
-resume, settings. Part 2 is the warm-up: ten updates on worked answers with a prefix before the
-prompt, z from the *prior*, L = 1. So the model learns to take a prefix as context; more would teach
-it to ignore the prefix. `--source none` warms up without prefixes: the start of the RL baselines.
+resume, settings. Part 2 is the warm-up: updates on worked answers with a prefix before the prompt.
+Where its latent z comes from decides what is learnt:
+    prior      z ~ N(0, I), drawn without a look at the answer, L = 1: the paper's. The model learns
+               to bear a prefix, in ten updates; more would teach it to ignore the prefix.
+    posterior  z ~ q(z|h), h of the very trace that is answered: z says something about the answer,
+               so the model learns to follow it, the more the longer.
+    none       no prefix: where the baselines of RL start.
+Part 3 measures what prefixes do to the loss of held-out answers: it needs no reward.
 
-Departs from the paper, which gives no learning rate or batch size: ours are settings. Randomness is
-a pure function of (seed, step, row), so a resumed run needs no generator state, and N ranks see the
-batches that one rank would.
+Departs from the paper, which warms up from the prior alone and gives no learning rate or batch
+size: the posterior and the settings are ours. Randomness is a pure function of (seed, step, row),
+so a resumed run needs no generator state, and N ranks see the batches that one rank would.
 
 Run it:
     python sft.py                                   # warm up the tiny world's model under prefixes
-    python sft.py --source none                     # the same without: where the baselines start
+    python sft.py --source prior                    # as in the paper
+    python sft.py --source none                     # without prefixes: where the baselines start
     python sft.py --model Qwen/Qwen3-0.6B-Base --vae runs/qwen/vae --out runs/qwen/sft \\
         --traces math=traces_math.jsonl
     torchrun --nproc_per_node=4 sft.py --model ...  # the same on four GPUs
@@ -42,6 +48,7 @@ from prefix import (
     Palette,
     check_source,
     completion_logprobs,
+    generator_of,
     load_policy,
     micro_batches,
     needs_vae,
@@ -65,8 +72,10 @@ from vae import (
     VAEConfig,
     check_traces,
     first_line,
+    is_held_out,
     load_traces,
     parse_settings,
+    pool,
     read_json,
     require_at_least,
     require_choices,
@@ -763,6 +772,32 @@ class TrainingConfig:
 
 # ==== Part 2: the warm-up under a prefix (Eq. 11) =================================================
 
+# Defaults by the source of prefixes, where a world has no others (DEFAULTS["sft"] of its file). The
+# ten updates are the paper's, all else is our choice.
+WARM_UPS = {
+    "prior": {"steps": 10, "lr": 1e-5, "tokens_per_batch": 4096},
+    "posterior": {"steps": 100, "lr": 3e-5, "tokens_per_batch": 4096},
+}
+
+
+def warm_up_defaults(model, source):
+    """{name of a field: value} of a warm-up; all sources but the posterior have the paper's."""
+    kind = "posterior" if source == "posterior" else "prior"
+    of_world = world_defaults(model).get("sft", {})
+    return {**WARM_UPS[kind], **of_world.get(kind, {})}
+
+
+def default_source(model):
+    """Where a warm-up's prefixes come from if nothing else is said: the world's, or the paper's."""
+    return world_defaults(model).get("warm_up", "prior")
+
+
+def warm_up_folder(root, model, source):
+    """Where the warm-up of a source lies below a folder: sft, or sft-SOURCE if it is no default."""
+    if source == default_source(model):
+        return f"{root}/sft"
+    return f"{root}/sft-{source}"
+
 
 @dataclass
 class SFTConfig(TrainingConfig):
@@ -780,39 +815,50 @@ class SFTConfig(TrainingConfig):
     prompt: Literal["auto", "chat", "plain"] = HfArg(default="auto", help="prompt format")
     out: str | None = HfArg(
         default=None,
-        help="run folder (default: the world's sft, or sft-none for --source none)",
+        help="run folder (default: the world's sft, or sft-SOURCE of another than its default)",
         compare=False,
     )
 
     # prefix
-    source: str = HfArg(
-        default="prior", help="of prefixes: prior (the paper), none (baseline), or another"
+    source: str | None = HfArg(
+        default=None,
+        help="of prefixes: prior (the paper), posterior (the trace's own latent), none (baseline), "
+        "or another of prefix.py (default: the world's, or prior)",
     )
-    length: int | None = HfArg(
-        default=None, help="prefix rows L (default: those of one z, 1, or 8 of the GPT decoder)"
+    lengths: list[int] | None = HfArg(
+        default=None,
+        help="prefix rows L, of which each answer draws one (default: the rows of one z, 1, or 8 "
+        "of the GPT decoder; from the posterior 1 2 4 8, or 8)",
     )
+    unguided: float = HfArg(default=0.0, help="share of answers without prefix")
 
     # training
-    steps: int = HfArg(default=10, help="updates")
+    steps: int | None = HfArg(
+        default=None, help="updates (default: the world's, or 10, from the posterior 100)"
+    )
     batch: int = HfArg(default=64, help="answers per update, over all ranks")
     lr: float | None = HfArg(
-        default=None, help="AdamW's learning rate (default: the world's, or 1e-5)"
+        default=None,
+        help="AdamW's learning rate (default: the world's, or 1e-5, from the posterior 3e-5)",
     )
     max_tokens: int = HfArg(default=512, help="longest prompt, and longest answer, in tokens")
     seed: int = HfArg(default=0, help="seed of everything random")
-    tokens_per_batch: int = HfArg(default=4096, help="of a micro-batch", compare=False)
     save_every: int = HfArg(default=100, help="steps between checkpoints", compare=False)
 
     def __post_init__(self):
-        if self.lr is None:
-            self.lr = world_defaults(self.model).get("sft_lr", 1e-5)
+        if self.source is None:
+            self.source = default_source(self.model)
+        for name, value in warm_up_defaults(self.model, self.source).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if world_of(self.model) is not None:
             self.take_from_world()
         if self.limit is None:
             self.limit = 2000
 
         super().__post_init__()
-        require_at_least(self, limit=1, length=0, steps=1, batch=1, lr=0, max_tokens=1)
+        require_at_least(self, limit=1, steps=1, batch=1, lr=0, max_tokens=1, unguided=0)
+        self.check_prefixes()
         if not self.traces:
             raise ValueError("--traces is needed for a model of your own: worked answers")
         if self.out is None:
@@ -831,8 +877,21 @@ class SFTConfig(TrainingConfig):
         if self.vae is None:
             self.vae = f"{root}/vae"
         if self.out is None:
-            name = "sft-none" if self.source == "none" else "sft"
-            self.out = f"{root}/{name}"
+            self.out = warm_up_folder(root, self.model, self.source)
+
+    def check_prefixes(self):
+        """ValueError for prefixes that cannot be, or that no answer would get."""
+        if self.unguided >= 1:
+            raise ValueError(
+                f"--unguided {self.unguided} leaves no answer with a prefix: use --source none"
+            )
+        if self.source == "none" and (self.unguided > 0 or self.lengths is not None):
+            raise ValueError("--source none has no prefixes: leave out --lengths and --unguided")
+        for length in self.lengths or ():
+            if length < 1:
+                raise ValueError(
+                    f"--lengths must be at least 1, not {length}: --unguided is the share without"
+                )
 
     @property
     def needs_vae(self):
@@ -857,18 +916,41 @@ def answer_ids(trace, reader, style, max_tokens):
 
 
 def pairs_of(traces, reader, config):
-    """answer_ids of all traces but those of long prompts. ValueError if none is left."""
-    pairs = []
-    for trace in traces:
+    """{number of a trace: its answer_ids}, of all traces to train on but those of long prompts.
+
+    ValueError if none is left.
+    """
+    pairs = {}
+    for number, trace in enumerate(traces):
+        if is_held_out(number):
+            continue
         pair = answer_ids(trace, reader, config.prompt, config.max_tokens)
         if pair is not None:
-            pairs.append(pair)
+            pairs[number] = pair
     if not pairs:
         raise ValueError(
             f"the prompts of all {len(traces)} traces are over --max-tokens {config.max_tokens}: "
             "raise it"
         )
     return pairs
+
+
+def row_lengths(pairs, prefixes):
+    """Tokens of each row [prefix | prompt | answer]."""
+    lengths = []
+    for (prompt, answer), prefix in zip(pairs, prefixes):
+        prefix_length = 0 if prefix is None else len(prefix)
+        lengths.append(prefix_length + len(prompt.ids) + len(answer))
+    return lengths
+
+
+def say_left_out(pairs, traces, config):
+    """Print how many traces are not trained on as their prompts are too long, if any."""
+    to_train_on = sum(not is_held_out(number) for number in range(len(traces)))
+    left_out = to_train_on - len(pairs)
+    if left_out > 0:
+        limit = f"--max-tokens {config.max_tokens}"
+        print(f"left out {left_out} of {to_train_on} traces: prompts over {limit}")
 
 
 def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp32"):
@@ -878,15 +960,11 @@ def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp3
     is over the answer tokens of *all* ranks, so neither micro-batches nor ranks change the
     gradient. Returns this rank's summed loss, and the number of all ranks' answer tokens.
     """
-    answer_tokens = 0
-    lengths = []
-    for (prompt, answer), prefix in zip(pairs, prefixes):
-        answer_tokens += len(answer)
-        prefix_length = 0 if prefix is None else len(prefix)
-        lengths.append(prefix_length + len(prompt.ids) + len(answer))
+    answer_tokens = sum(len(answer) for _, answer in pairs)
     (answer_tokens,) = ranks.all_reduce_sum([answer_tokens])
 
     loss_sum = 0.0
+    lengths = row_lengths(pairs, prefixes)
     for micro_batch in ranks.pad_for_fsdp(micro_batches(lengths, tokens_per_batch)):
         prompts = [pairs[i][0] for i in micro_batch]
         answers = [pairs[i][1] for i in micro_batch]
@@ -900,8 +978,61 @@ def lm_step(model, pairs, prefixes, ranks, tokens_per_batch=4096, precision="fp3
     return loss_sum, answer_tokens
 
 
-def warm_up(model, reader, pairs, palette, run, config):
-    """Eq. 11: updates on answers under prefixes that are drawn independently of the trace."""
+@dataclass
+class Posterior:
+    """q(z|h) of traces: a Gaussian with independent entries for each (Eq. 6)."""
+
+    mu: torch.Tensor  # [N, k]
+    sigma: torch.Tensor  # [N, k]
+
+
+@torch.no_grad()
+def posterior_of(traces, reader, model, table, vae):
+    """The Posterior of traces under a VAE. table: E [V, d], on which the VAE was trained."""
+    vae.check_policy(table)
+    h = pool(traces, reader, model, table, vae.rows_per_z)  # [N, rows * d]
+    mu, log_var = vae.encode(h)
+    return Posterior(mu, torch.exp(log_var / 2))
+
+
+class PrefixDraws:
+    """The prefixes of a warm-up: that of a row is a function of (seed, step, row) and its trace.
+
+    posterior: of the traces that are trained on; None: z is drawn without a look at them.
+    """
+
+    def __init__(self, vae, table, config, posterior=None):
+        source = config.source
+        if posterior is not None:
+            source = "prior"  # of the VAE; each z is given
+        self.lengths = config.lengths or [0]
+        self.palettes = {}  # by L
+        for length in self.lengths:
+            self.palettes[length] = Palette(vae, table, source, length)
+        self.config = config
+        self.posterior = posterior
+
+    def draw(self, step, row, number):
+        """The prefix [L, d] of a row in a step's batch, which has the trace `number`; or None."""
+        seed = self.config.seed
+        rng = random.Random(seed_of(seed, "sft length", step, row))
+        length = rng.choice(self.lengths)
+        if rng.random() < self.config.unguided:
+            return None
+
+        prefix_seed = seed_of(seed, "sft prefix", step, row)
+        z = None
+        if self.posterior is not None:
+            mu = self.posterior.mu[number]  # [k]
+            sigma = self.posterior.sigma[number]  # [k]
+            epsilon = torch.randn(len(mu), generator=generator_of(prefix_seed))
+            z = mu + sigma * epsilon
+            z = z[None]  # [1, k]
+        return self.palettes[length].draw(prefix_seed, z).embeddings
+
+
+def warm_up(model, reader, pairs, prefix_draws, run, config):
+    """Eq. 11: updates on answers under prefixes."""
     ranks = run.ranks
     optimizer = make_optimizer(model, config.lr)
     start = run.restore(model, [optimizer])
@@ -910,11 +1041,15 @@ def warm_up(model, reader, pairs, palette, run, config):
         began = time.time()
 
         batch_rng = random.Random(seed_of(config.seed, "sft batch", step))
-        batch = batch_rng.choices(pairs, k=config.batch)
-        seeds = [seed_of(config.seed, "sft prefix", step, i) for i in range(config.batch)]
-        prefixes = [palette.draw(seed).embeddings for seed in ranks.shard(seeds)]
+        numbers = batch_rng.choices(list(pairs), k=config.batch)
+        batch = []
+        prefixes = []
+        for row in ranks.shard(range(config.batch)):
+            number = numbers[row]
+            batch.append(pairs[number])
+            prefixes.append(prefix_draws.draw(step, row, number))
         loss_sum, answer_tokens = lm_step(
-            model, ranks.shard(batch), prefixes, ranks, config.tokens_per_batch, config.precision
+            model, batch, prefixes, ranks, config.tokens_per_batch, config.precision
         )
         gradient_norm = apply_gradients(model, [optimizer], ranks)
 
@@ -932,6 +1067,147 @@ def warm_up(model, reader, pairs, palette, run, config):
     run.finish(model, reader)
 
 
+# ==== Part 3: control, a measure that needs no reward =============================================
+
+TOO_DEAR, STEERS = 0.5, 0.05  # nats a token, from which on the verdict says so: our choice
+
+
+@dataclass
+class Control:
+    """Mean loss per token of held-out answers of each domain under prefixes of several sources.
+
+    losses: {domain: {source: [a loss for each answer, in nats]}}. All sources read the same
+    answers, so that differences are paired. "own" is the mean latent of the answer itself.
+    """
+
+    losses: dict
+
+    def differences(self, domain, source, reference="none"):
+        """The loss under one source less that under another, answer by answer."""
+        pairs = zip(self.losses[domain][source], self.losses[domain][reference])
+        return [loss - other for loss, other in pairs]
+
+    def costs(self):
+        """What a prefix costs, [a value for each answer] by domain.
+
+        The loss under prefixes of the answer's own domain above that without any.
+        """
+        return [self.differences(domain, domain) for domain in self.losses]
+
+    def gains(self):
+        """How much likelier an answer is under latents of its own domain than of the others.
+
+        [a value for each answer] by domain, in nats a token; nothing where there is one domain.
+        """
+        gains = []
+        for domain in self.losses:
+            by_other = []
+            for other in self.losses:
+                if other != domain:
+                    by_other.append(self.differences(domain, other, reference=domain))
+            if by_other:
+                gains.append([sum(values) / len(by_other) for values in zip(*by_other)])
+        return gains
+
+    def verdict(self):
+        """One sentence: what a prefix costs, whether latents steer, what to do if they do not."""
+        cost = mean_of_domains(self.costs())
+        if cost > TOO_DEAR:
+            return (
+                f"prefixes raise the loss of held-out answers by {cost:.2f} nats a token: warm up "
+                "longer, or at a larger --lr (sft.py --source posterior)"
+            )
+        change = f"prefixes change the loss of held-out answers by {cost:+.2f} nats a token"
+        if len(self.losses) < 2:
+            return f"{change}; with one domain there is nothing to steer to"
+        gain = mean_of_domains(self.gains())
+        if gain < STEERS:
+            return (
+                f"{change}, but an answer is no likelier under latents of its own domain "
+                f"({gain:+.2f} nats a token): they do not steer; warm up longer from the posterior "
+                "(sft.py --source posterior)"
+            )
+        return f"{change}, and latents steer: the own domain's are {gain:.2f} nats a token likelier"
+
+
+def mean_of_domains(values):
+    """The mean over domains of the mean over their answers."""
+    means = [sum(of_domain) / len(of_domain) for of_domain in values]
+    return sum(means) / len(means)
+
+
+@torch.no_grad()
+def measure_control(
+    model, reader, vae, traces, length, sources=(), style="auto", answers=8, max_tokens=96
+):
+    """The Control of a model under a VAE's prefixes of `length` rows.
+
+    traces: as load_traces gives them; of each domain of the VAE the first `answers` held-out ones
+    (is_held_out) with prompts of at most 2 * max_tokens are read, answers cut at max_tokens.
+    sources: beside "none" and the domains, which are always among them: of prefix.py, or "own".
+    Returns None where a domain has no such trace. The prefix of an answer is a function of the
+    source and of the trace's number.
+    """
+    examples = {}  # number of a trace -> (Prompt, answer ids)
+    count = dict.fromkeys(vae.domains, 0)
+    for number, trace in enumerate(traces):
+        domain = trace["domain"]
+        if is_held_out(number) and count.get(domain, answers) < answers:
+            pair = answer_ids(trace, reader, style, 2 * max_tokens)
+            if pair is not None:
+                prompt, answer = pair
+                examples[number] = (prompt, answer[:max_tokens])
+                count[domain] += 1
+    if 0 in count.values():
+        return None
+
+    table = unshard(model.get_input_embeddings().weight.detach())
+    held_out = [traces[number] for number in examples]
+    pairs = list(examples.values())
+    posterior = None
+    if "own" in sources:
+        posterior = posterior_of(held_out, reader, model, table, vae)
+    losses = {domain: {} for domain in vae.domains}
+    for source in ("none", *vae.domains, *sources):
+        palette = Palette(vae, table, "prior" if source == "own" else source, length)
+        prefixes = []
+        for i, number in enumerate(examples):
+            z = posterior.mu[i : i + 1] if source == "own" else None  # [1, k]
+            prefixes.append(palette.draw(seed_of("control", number), z).embeddings)
+        for trace, loss in zip(held_out, answer_losses(model, pairs, prefixes)):
+            losses[trace["domain"]].setdefault(source, []).append(loss)
+    return Control(losses)
+
+
+@torch.no_grad()
+def answer_losses(model, pairs, prefixes, tokens_per_batch=4096):
+    """The mean loss per token of each answer under its prefix, in nats."""
+    losses = [0.0] * len(pairs)
+    for micro_batch in micro_batches(row_lengths(pairs, prefixes), tokens_per_batch):
+        prompts = [pairs[i][0] for i in micro_batch]
+        answers = [pairs[i][1] for i in micro_batch]
+        leads = [prefixes[i] for i in micro_batch]
+        logprobs, _ = completion_logprobs(model, prompts, answers, leads, with_entropy=False)
+        counts = [len(answer) for answer in answers]
+        for i, of_answer in zip(micro_batch, logprobs.split(counts)):
+            losses[i] = -of_answer.mean().item()
+    return losses
+
+
+def say_control(when, model, reader, vae, traces, length, ranks, style="auto"):
+    """Print the verdict on a small sample: before hours of training, and behind them.
+
+    All ranks measure, as a sharded model needs them all; rank 0 speaks. vae.py, which knows no
+    policy, cannot: the first that says it is the warm-up, before its first update.
+    """
+    control = measure_control(model, reader, vae, traces, length, style=style)
+    if control is not None and ranks.rank == 0:
+        print(f"{when}: {control.verdict()}", flush=True)
+
+
+# ==== The whole stage =============================================================================
+
+
 def make_missing(config, ranks):
     """Make what a world lacks, its base model and its VAE, on rank 0 while the others wait.
 
@@ -942,7 +1218,7 @@ def make_missing(config, ranks):
         return config
     has_vae = (Path(config.vae) / "config.json").is_file()
     if not has_vae:
-        check_source(config.source, world_domains(config.model))
+        check_source(config.source, [*world_domains(config.model), "posterior"])
 
     base = f"{world_root(config.model)}/base"
     if ranks.rank == 0:
@@ -956,6 +1232,30 @@ def make_missing(config, ranks):
     return replace(config, model=base)
 
 
+def load_vae(config):
+    """The VAE of the settings, or None where their source needs none.
+
+    ValueError for a source that there is not.
+    """
+    vae = None
+    domains = ()
+    if config.needs_vae:
+        vae = VAE.load(config.vae)
+        domains = vae.domains
+    check_source(config.source, [*domains, "posterior"])
+    return vae
+
+
+def default_lengths(source, vae):
+    """From the posterior several L, so that the model follows a prefix of any; else one z's rows.
+
+    The rows that one z makes are parts of a whole, by a GPT decoder: there L is their number.
+    """
+    if vae is not None and vae.rows_per_z > 1:
+        return [vae.rows_per_z]
+    return [1, 2, 4, 8] if source == "posterior" else [1]
+
+
 def train(config, ranks=None):
     """The whole warm-up: check, make what is missing, load, train. Returns its Run.
 
@@ -967,16 +1267,9 @@ def train(config, ranks=None):
     check_traces(config.traces, config.limit, skip=world_traces(config.model))
     config = make_missing(config, ranks)
 
-    vae = None
-    domains = ()
-    rows_per_z = 1
-    if config.needs_vae:
-        vae = VAE.load(config.vae)
-        domains = vae.domains
-        rows_per_z = vae.rows_per_z
-    check_source(config.source, domains)
-    if config.length is None:
-        config = replace(config, length=rows_per_z)
+    vae = load_vae(config)
+    if config.lengths is None and config.source != "none":
+        config = replace(config, lengths=default_lengths(config.source, vae))
 
     settings = result_settings(config)
     if not config.overwrite and is_finished(config.out, settings, config.resume):
@@ -986,15 +1279,20 @@ def train(config, ranks=None):
     traces = load_traces(config.traces, config.limit)
     model, reader = load_trainable(find_model(config.model), ranks, config)
     pairs = pairs_of(traces, reader, config)
-    if ranks.rank == 0 and len(pairs) < len(traces):
-        left_out = len(traces) - len(pairs)
-        limit = f"--max-tokens {config.max_tokens}"
-        print(f"left out {left_out} of {len(traces)} traces: prompts over {limit}")
+    if ranks.rank == 0:
+        say_left_out(pairs, traces, config)
     table = unshard(model.get_input_embeddings().weight.detach())
-    palette = Palette(vae, table, config.source, config.length)
+    posterior = None
+    if config.source == "posterior":
+        posterior = posterior_of(traces, reader, model, table, vae)
+    prefix_draws = PrefixDraws(vae, table, config, posterior)
 
     run = Run(config.out, settings, ranks, config.resume, config.overwrite)
-    warm_up(model, reader, pairs, palette, run, config)
+    if vae is not None:
+        say_control("before the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
+    warm_up(model, reader, pairs, prefix_draws, run, config)
+    if vae is not None:
+        say_control("after the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
     return run
 
 

@@ -393,8 +393,27 @@ def mean_pool(traces, tokenizer, table):
     return nn.functional.embedding_bag(torch.tensor(ids), table, bags, mode="mean")  # [N, d]
 
 
+def pool(traces, reader, model, table, rows_per_z):
+    """h of traces, as a VAE of so many prefix rows a z is trained on it: [N, rows * d].
+
+    table: the embedding table E [V, d] of the model.
+    """
+    if rows_per_z == 1 and reader.image_processor is None:
+        return mean_pool(traces, reader.tokenizer, table)
+    return pool_parts(traces, reader, model, rows_per_z, table)
+
+
+def is_held_out(number):
+    """Whether neither a VAE nor a warm-up learns from the trace of this number: every tenth.
+
+    The number is the trace's place in what load_traces gives. The Gaussians of the domains, a mean
+    and a covariance each, are fitted to all.
+    """
+    return number % 10 == 9
+
+
 @torch.no_grad()
-def pool_parts(traces, reader, model, rows=8):
+def pool_parts(traces, reader, model, rows=8, table=None):
     """h of traces that may hold images, for a decoder of `rows` prefix rows: [N, rows * d].
 
     A trace is the sequence [visual tokens; question; answer] of embeddings (Sec. 4.1 counts the
@@ -402,8 +421,10 @@ def pool_parts(traces, reader, model, rows=8):
     equal parts of the sequence, so early rows speak of the picture and late ones of the answer.
     The mean of the whole, as in Eq. 5, says next to nothing of the answer there: visual tokens
     are many, and far longer than words. For text and rows = 1 this is mean_pool.
+    table: E [V, d], by default the model's.
     """
-    table = model.get_input_embeddings().weight
+    if table is None:
+        table = model.get_input_embeddings().weight
     pooled = []
     for trace in traces:
         ids = torch.tensor(_ids_of_trace(trace, reader.tokenizer))
@@ -655,11 +676,8 @@ def train_vae(config, traces, reader, model):
     labels = torch.tensor([domains.index(trace["domain"]) for trace in traces])  # [N]
     table = model.get_input_embeddings().weight.detach()
     rows_per_z = 8 if config.decoder == "gpt" else 1
-    if rows_per_z == 1 and reader.image_processor is None:
-        h = mean_pool(traces, reader.tokenizer, table)
-    else:
-        h = pool_parts(traces, reader, model, rows_per_z)  # [N, rows * d]
-    held_out = torch.arange(len(h)) % 10 == 9
+    h = pool(traces, reader, model, table, rows_per_z)  # [N, rows * d]
+    held_out = torch.tensor([is_held_out(number) for number in range(len(h))])  # [N]
 
     vae = _new_vae(config, h[~held_out], table, domains, rows_per_z)
     metrics = _fit(vae, h[~held_out], h[held_out], config)

@@ -104,7 +104,7 @@ def main():
     flags = ["--model", "tiny-vl"]
     if args.quick:
         flags += ["--base-steps", "8"]
-    folders = world.run_bases(args, flags, noise=False)
+    folders = world.run_bases(args, flags, controls=False)
 
     figures = {}
     minutes = []

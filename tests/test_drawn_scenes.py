@@ -220,11 +220,8 @@ def test_a_batch_is_a_function_of_its_step(model, reader):
     assert batch.positions.shape == (3, *batch.ids.shape)
 
 
-def test_what_the_model_reads_is_what_transformers_makes_of_words_and_pictures(
-    model, reader, monkeypatch
-):
+def test_what_the_model_reads_is_what_transformers_makes_of_words_and_pictures(model, reader):
     """Pixels, visual tokens and rotary positions against the module's own forward pass."""
-    monkeypatch.setattr(tiny_world, "SOFT_SHARE", 0.0)  # means of words are no words
     batch = batch_of_step(model, reader, 0)
     rng = random.Random(drawn_scenes.seed_of(0, "scene document", 0))
     pictures = [drawn_scenes.make_document(rng).image for _ in range(12)]

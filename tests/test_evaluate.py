@@ -37,6 +37,7 @@ from evaluate import (
 from prefix import SOURCES, Decoder, Palette, Prefix, Sampling, Source, prompt_of
 from rewards import load_task
 from sft import Ranks, seed_of
+from vae import read_json
 
 # ---- estimators ----------------------------------------------------------------------------------
 
@@ -851,3 +852,74 @@ def test_boxes_lie_where_they_are_in_the_image(thousandths, gold, tmp_path):
         assert green in colours_at(sheet, 110 + 20, 104 * row_of_arm + 40)  # its left edge
     assert red in colours_at(sheet, 110 + 70, 104 + 60)
     assert red not in colours_at(sheet, 110 + 70, 60)
+
+
+# ---- control -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def control_config(tmp_path, policy_folder, vae, traces):
+    """The settings of a control measurement on traces that the VAE names as its own."""
+    lines = [json.dumps(trace) + "\n" for trace in traces]
+    (tmp_path / "traces.jsonl").write_text("".join(lines))
+    settings = {"traces": [str(tmp_path / "traces.jsonl")], "limit": 10**9}
+    vae.save(tmp_path / "vae", settings=settings)
+    return EvaluateConfig(
+        model=str(policy_folder),
+        vae=str(tmp_path / "vae"),
+        out=str(tmp_path / "out"),
+        control=True,
+        answers=4,
+        device="cpu",
+    )
+
+
+def test_control_is_a_table_of_losses_with_paired_intervals(control_config, vae, capsys):
+    control = evaluate.evaluate_control(control_config)
+    stored = read_json(f"{control_config.out}/control.json")
+    sources = ["none", *vae.domains, "prior", "gauss", "noise", "own"]
+    for domain, losses in stored["losses"].items():
+        assert list(losses) == sources
+        for source, figures in losses.items():
+            values = control.losses[domain][source]
+            assert figures["loss"] == pytest.approx(sum(values) / 4)
+            differences = []
+            for loss, without in zip(values, control.losses[domain]["none"]):
+                differences.append(loss - without)
+            assert figures["above_none"] == pytest.approx(bootstrap(differences))
+    low, high = stored["cost"][1:]
+    assert low <= stored["cost"][0] <= high
+    assert stored["cost"] == pytest.approx(bootstrap(*control.costs()))
+    assert stored["gain"] == pytest.approx(bootstrap(*control.gains()))
+
+    output = capsys.readouterr().out
+    assert f"| loss of | {' | '.join(sources)} |" in output
+    assert f"| above none [95%] | {' | '.join(sources[1:])} |" in output
+    assert control.verdict() in output
+    assert "4 held-out answers a domain, L = 8" in output
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vae": "none"}, "it needs a VAE, not --vae none"),
+        ({"traces": ["nowhere.jsonl"]}, "no such file: nowhere.jsonl"),
+        ({"limit": 20}, "a domain has no held-out trace"),
+    ],
+)
+def test_what_control_cannot_be_measured_on_is_one_sentence(control_config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate_control(replace(control_config, **changes))
+
+
+def test_control_needs_prefixes(control_config, tmp_path, vae):
+    with pytest.raises(ValueError, match="--length must be at least 1"):
+        replace(control_config, length=0)
+    vae.save(tmp_path / "silent")
+    with pytest.raises(ValueError, match="does not say on which traces: give them by --traces"):
+        evaluate.evaluate_control(replace(control_config, vae=str(tmp_path / "silent")))
+
+
+def test_the_command_line_measures_control_in_place_of_arms(monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_control", lambda config: config.answers)
+    assert evaluate.main(["--control", "--answers", "3"]) == 3

@@ -1563,7 +1563,7 @@ def test_the_stages_are_those_that_the_scripts_alone_would_make(world_folder, mo
     sft.main([])
     sft.main(["--source", "none"])
     assert prepare(GRPOConfig(), ALONE) == policies
-    assert read_json("runs/tiny/sft/config.json")["source"] == "prior"
+    assert read_json("runs/tiny/sft/config.json")["source"] == "posterior"
     assert read_json("runs/tiny/sft-none/config.json")["source"] == "none"
 
 
@@ -1581,7 +1581,33 @@ def test_rank_0_makes_base_and_vae_and_all_ranks_warm_up(world_folder, monkeypat
         ("runs/tiny/base", 3, 5)
     ]
     assert len(vaes) == 1
-    assert [call["config"].source for call in warm_ups] == ["none", "prior"] * 2
+    assert [call["config"].source for call in warm_ups] == ["none", "posterior"] * 2
+
+
+def test_the_paper_s_warm_up_and_what_starts_from_it_lie_beside_the_default_one(
+    world_folder, monkeypatch
+):
+    monkeypatch.setattr(tiny_world, "make_policy", lambda *_, **__: None)
+    monkeypatch.setattr(sft, "warm_up", no_training)
+    config = GRPOConfig(warm_up="prior", schedule=["none", "linear"])
+    policies = prepare(config, ALONE)
+    assert policies == {"none": "runs/tiny/sft-none/policy", "linear": "runs/tiny/sft-prior/policy"}
+    kept = read_json("runs/tiny/sft-prior/config.json")
+    assert (kept["source"], kept["steps"], kept["lr"], kept["lengths"]) == ("prior", 10, 3e-6, [1])
+    names = [run_plan.folder.name for run_plan in run_plans(config)]
+    assert names == ["grpo-none-s0", "grpo-linear-from-prior-s0"]
+    sft.main(["--source", "prior"])  # the same stage, finished
+    Path("other").mkdir()
+    Path("other/base").symlink_to(Path("runs/tiny/base").resolve())
+    changed = dataclasses.replace(
+        config, out="other", sft_lr=1e-3, sft_steps=3, vae="runs/tiny/vae"
+    )
+    prepare(dataclasses.replace(changed, traces=["runs/tiny/base/traces.jsonl"]), ALONE)
+    for folder in ("sft-none", "sft-prior"):
+        kept = read_json(f"other/{folder}/config.json")
+        assert (kept["steps"], kept["lr"]) == (3, 1e-3)
+    with pytest.raises(ValueError, match="--warm-up must be one of prior, posterior, not 'gauss'"):
+        GRPOConfig(warm_up="gauss")
 
 
 def test_a_vae_that_is_named_is_used_as_it_is(world_folder, vae, monkeypatch):
@@ -1765,7 +1791,9 @@ MAY_CHANGE = {
     "vae",
     "traces",
     "limit",
+    "warm_up",
     "sft_lr",
+    "sft_steps",
     "base_seed",
     "base_steps",
 }
@@ -1821,7 +1849,7 @@ from pathlib import Path
 import tiny_world
 from tiny_world import DOMAINS, answer, judge, make_reader, style
 
-DEFAULTS = {"steps": 2, "lr": 1e-3, "sft_lr": 1e-5, "max_new_tokens": 6, "eval_questions": 4}
+DEFAULTS = {"steps": 2, "lr": 1e-3, "max_new_tokens": 6, "eval_questions": 4}
 
 
 def load(split, seed=0):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,21 @@ import torch
 
 import sft
 from prefix import Palette, Prompt, load_policy
-from sft import Ranks, Run, SFTConfig, answer_ids, lm_step, pairs_of, rows_of_step, seed_of, warm_up
+from sft import (
+    Control,
+    PrefixDraws,
+    Ranks,
+    Run,
+    SFTConfig,
+    answer_ids,
+    lm_step,
+    measure_control,
+    pairs_of,
+    posterior_of,
+    rows_of_step,
+    seed_of,
+    warm_up,
+)
 from tiny_world import VOCABULARY
 from vae import Reader, result_settings
 
@@ -306,14 +321,20 @@ def test_sums_are_in_double_precision():
 # ---- Exact resume --------------------------------------------------------------------------------
 
 
-def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None):
+POSTERIOR = {"source": "posterior", "lengths": [1, 2, 4, 8], "unguided": 0.3}
+
+
+def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None, **changes):
     """A warm-up of five steps in a folder; stop_after: it dies after so many optimizer steps.
 
     Returns the model, and the rows of metrics.jsonl without their times.
     """
     model, reader = load_policy(str(policy_folder))
-    palette = Palette(vae, table_of(model), "prior", 1)
-    config = settings()
+    config = settings(**{"source": "prior", "lengths": [1], **changes})
+    posterior = None
+    if config.source == "posterior":
+        posterior = posterior_of(traces, reader, model, table_of(model), vae)
+    prefix_draws = PrefixDraws(vae, table_of(model), config, posterior)
     pairs = pairs_of(traces, reader, config)
     run = Run(folder, result_settings(config), ALONE, resume=resume)
     original = sft.apply_gradients
@@ -328,7 +349,7 @@ def warm(folder, policy_folder, vae, traces, resume=False, stop_after=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "apply_gradients", apply_gradients)
-        warm_up(model, reader, pairs, palette, run, config)
+        warm_up(model, reader, pairs, prefix_draws, run, config)
     return model, metrics_of(folder)
 
 
@@ -357,6 +378,21 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
     assert len(metrics) == 5
     assert resumed_metrics == metrics
     assert_same_weights(model, resumed)
+
+
+def test_a_resumed_warm_up_from_the_posterior_equals_an_undisturbed_one(
+    tmp_path, policy_folder, vae, traces
+):
+    model, metrics = warm(tmp_path / "whole", policy_folder, vae, traces, **POSTERIOR)
+    with pytest.raises(KeyboardInterrupt):
+        warm(tmp_path / "torn", policy_folder, vae, traces, stop_after=3, **POSTERIOR)
+    resumed, resumed_metrics = warm(
+        tmp_path / "torn", policy_folder, vae, traces, resume=True, **POSTERIOR
+    )
+    assert resumed_metrics == metrics
+    assert_same_weights(model, resumed)
+    prior, _ = warm(tmp_path / "prior", policy_folder, vae, traces)
+    assert not torch.equal(table_of(prior), table_of(model))
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
@@ -425,8 +461,148 @@ def test_the_warm_up_draws_fresh_traces_and_latents_at_every_step(
     expected = palette.draw(seed_of(0, "sft prefix", 3, 2)).embeddings
     assert torch.equal(latents[3][2], expected)
     rng = random.Random(seed_of(0, "sft batch", 3))
-    batch = rng.choices(pairs_of(traces, reader, settings()), k=6)
-    assert batches[3] == [prompt.ids + answer for prompt, answer in batch]
+    pairs = pairs_of(traces, reader, settings())
+    numbers = rng.choices(list(pairs), k=6)
+    expected = []
+    for number in numbers:
+        prompt, answer = pairs[number]
+        expected.append(prompt.ids + answer)
+    assert batches[3] == expected
+
+
+# ---- Prefixes from the trace's own latent --------------------------------------------------------
+
+
+def draws_of(traces, reader, model, vae, **changes):
+    """The PrefixDraws of a warm-up on these traces."""
+    config = settings(**{**POSTERIOR, "unguided": 0.0, **changes})
+    table = table_of(model)
+    return PrefixDraws(vae, table, config, posterior_of(traces, reader, model, table, vae))
+
+
+def test_the_prefix_of_a_row_is_drawn_from_the_posterior_of_its_own_trace(
+    model, reader, traces, vae
+):
+    """z = mu + sigma * epsilon of h, the mean embedding of question and answer, tiled to L rows."""
+    table = table_of(model)
+    draws = draws_of(traces, reader, model, vae, lengths=[4])
+    prefix = draws.draw(step=2, row=3, number=7)  # [4, d]
+
+    text = f"{traces[7]['question']} {traces[7]['answer']}"
+    ids = torch.tensor(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
+    mu, log_var = vae.encode(table[ids].mean(0, keepdim=True))
+    generator = torch.Generator().manual_seed(seed_of(0, "sft prefix", 2, 3))
+    z = mu + torch.exp(log_var / 2) * torch.randn(vae.latent, generator=generator)
+    torch.testing.assert_close(prefix, vae.decode(z).expand(4, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_a_trace_whose_answer_changes_gets_another_latent_and_all_others_keep_theirs(
+    model, reader, traces, vae
+):
+    changed = [dict(trace) for trace in traces]
+    changed[7]["answer"] = traces[8]["answer"]
+    before = draws_of(traces, reader, model, vae)
+    after = draws_of(changed, reader, model, vae)
+    for number in (6, 7, 8):
+        same = torch.equal(before.draw(0, 0, number), after.draw(0, 0, number))
+        assert same == (number != 7)
+
+
+def test_every_row_draws_its_latent_its_length_and_whether_it_has_a_prefix(
+    model, reader, traces, vae
+):
+    draws = draws_of(traces, reader, model, vae, unguided=0.25)
+    lengths = []
+    first_rows = []
+    for row in range(400):
+        prefix = draws.draw(1, row, 7)
+        assert prefix is None or torch.equal(prefix, draws.draw(1, row, 7))  # no state between
+        lengths.append(0 if prefix is None else len(prefix))
+        if prefix is not None:
+            first_rows.append(tuple(prefix[0].tolist()))
+    assert len(set(first_rows)) == len(first_rows)  # one trace, another z each time
+    shares = [lengths.count(length) / 400 for length in (0, 1, 2, 4, 8)]
+    assert shares == pytest.approx([0.25, 0.1875, 0.1875, 0.1875, 0.1875], abs=0.06)
+
+
+def test_a_vae_of_another_table_encodes_no_traces(model, reader, traces, vae):
+    with pytest.raises(ValueError, match="another embedding table"):
+        posterior_of(traces, reader, model, table_of(model).flip(0), vae)
+
+
+def test_every_tenth_trace_is_not_trained_on(reader, traces):
+    pairs = pairs_of(traces, reader, settings())
+    assert sorted(pairs) == [number for number in range(300) if number % 10 != 9]
+
+
+# ---- Control -------------------------------------------------------------------------------------
+
+
+def test_losses_of_control_are_those_of_transformers_on_held_out_answers(
+    model, reader, traces, vae
+):
+    """Every tenth trace; under its domain's prefix, its own mean latent, and without."""
+    control = measure_control(model, reader, vae, traces, 4, ("own",), answers=3, max_tokens=64)
+    number = 19  # the second held-out trace of its domain is the fifth of all
+    domain = traces[number]["domain"]
+    of_domain = [i for i in range(9, 300, 10) if traces[i]["domain"] == domain]
+    place = of_domain.index(number)
+    prompt, answer = answer_ids(traces[number], reader, "auto", 64)
+    posterior = posterior_of([traces[number]], reader, model, table_of(model), vae)
+    palette = Palette(vae, table_of(model), domain, 4)
+    seed = seed_of("control", number)
+    prefixes = {
+        "none": torch.zeros(0, 128),
+        domain: palette.draw(seed).embeddings,
+        "own": vae.decode(posterior.mu).expand(4, -1),
+    }
+    for source, prefix in prefixes.items():
+        embedded = model.get_input_embeddings()(torch.tensor(prompt.ids + answer))
+        inputs = torch.cat([prefix, embedded])
+        labels = [-100] * (len(prefix) + len(prompt.ids)) + answer
+        with torch.no_grad():
+            loss = model(inputs_embeds=inputs[None], labels=torch.tensor([labels])).loss
+        assert control.losses[domain][source][place] == pytest.approx(loss.item(), rel=1e-4)
+    for losses in control.losses.values():
+        assert list(losses) == ["none", *vae.domains, "own"]
+        assert {len(values) for values in losses.values()} == {3}
+
+
+def test_answers_of_control_are_cut_and_a_domain_without_any_has_none(model, reader, traces, vae):
+    short = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=8)
+    long = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=64)
+    assert short.losses["math"]["none"] != long.losses["math"]["none"]
+    assert measure_control(model, reader, vae, traces[:20], 1) is None  # one held out, of 3 domains
+
+
+def losses_of(none, own, other):
+    """Two domains whose answers have these losses without, and under either domain's prefix."""
+    return {
+        "a": {"none": [none, none], "a": [own, own], "b": [other, other]},
+        "b": {"none": [none], "a": [other], "b": [own]},
+    }
+
+
+@pytest.mark.parametrize(
+    "losses, verdict",
+    [
+        (losses_of(1.0, 5.1, 5.0), "raise the loss of held-out answers by 4.10 nats a token: warm"),
+        (losses_of(1.0, 1.2, 1.2), "by +0.20 .* no likelier .*they do not steer"),
+        (losses_of(1.0, 0.4, 1.1), "by -0.60 .* latents steer: .* 0.70 nats a token likelier"),
+        ({"a": {"none": [1.0], "a": [0.9]}}, "by -0.10 .*; with one domain there is nothing"),
+    ],
+)
+def test_the_verdict_says_what_prefixes_cost_and_whether_they_steer(losses, verdict):
+    assert re.search(verdict.replace("+", r"\+"), Control(losses).verdict())
+
+
+def test_domains_weigh_the_same_and_gains_are_paired_by_answer():
+    losses = losses_of(1.0, 0.4, 1.1)
+    losses["b"]["a"] = [3.0]
+    control = Control(losses)
+    assert control.gains() == [pytest.approx([0.7, 0.7]), pytest.approx([2.6])]
+    assert sft.mean_of_domains(control.gains()) == pytest.approx(1.65)
+    assert control.costs() == [pytest.approx([-0.6, -0.6]), pytest.approx([-0.6])]
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -721,7 +897,12 @@ def test_an_unusable_device_is_one_sentence():
         ({"steps": 0}, "--steps must be at least 1, not 0"),
         ({"batch": -3}, "--batch must be at least 1, not -3"),
         ({"lr": float("nan")}, "--lr must be at least 0.*nan"),
-        ({"length": -1}, "--length must be at least 0, not -1"),
+        ({"lengths": [4, 0]}, "--lengths must be at least 1, not 0"),
+        ({"unguided": -0.1}, "--unguided must be at least 0, not -0.1"),
+        ({"unguided": 1.0}, "--unguided 1.0 leaves no answer with a prefix: use --source none"),
+        ({"source": "none", "unguided": 0.5}, "--source none has no prefixes: leave out"),
+        ({"source": "none", "lengths": [1]}, "--source none has no prefixes: leave out"),
+        ({"source": "posterior", "vae": None}, "--vae is needed for prefixes from 'posterior'"),
         ({"tokens_per_batch": 0}, "--tokens-per-batch must be at least 1, not 0"),
         ({"save_every": 0}, "--save-every must be at least 1, not 0"),
         ({"precision": "fp8"}, "--precision must be one of fp32, bf16, not 'fp8'"),
@@ -739,11 +920,17 @@ def test_the_settings_that_a_world_fills_in():
     config = SFTConfig()
     assert (config.vae, config.out) == ("runs/tiny/vae", "runs/tiny/sft")
     assert (config.traces, config.limit) == (["runs/tiny/base/traces.jsonl"], 10**9)
-    assert (config.steps, config.batch, config.lr) == (10, 64, 3e-6)
-    baseline = SFTConfig(source="none")
-    assert baseline.out == "runs/tiny/sft-none"
-    real = settings(lr=None, vae=None, source="noise")
-    assert (real.lr, real.limit) == (1e-5, 2000)
+    assert (config.source, config.steps, config.batch, config.lr) == ("posterior", 100, 64, 2e-4)
+    assert config.lengths == [4, 8]
+    for source in ("none", "prior"):
+        baseline = SFTConfig(source=source)
+        assert baseline.out == f"runs/tiny/sft-{source}"
+        assert (baseline.steps, baseline.lr) == (10, 3e-6)
+    real = settings(lr=None, steps=None)
+    assert (real.source, real.steps, real.lr, real.limit) == ("prior", 10, 1e-5, 2000)
+    posterior = settings(lr=None, steps=None, source="posterior")
+    assert (posterior.steps, posterior.lr) == (100, 3e-5)
+    assert settings(vae=None, source="noise").vae is None
 
 
 def test_settings_that_change_no_result_are_not_kept():
@@ -840,6 +1027,22 @@ def test_an_unknown_source_is_refused_before_the_model_is_loaded(tmp_path, vae, 
         sft.train(config)  # its model "m" is nowhere
 
 
+def test_the_whole_stage_from_the_posterior_says_what_prefixes_do_before_and_after(
+    tmp_path, policy_folder, vae, traces, capsys
+):
+    vae.save(tmp_path / "vae")
+    lines = [json.dumps(trace) + "\n" for trace in traces]
+    (tmp_path / "traces.jsonl").write_text("".join(lines))
+    changes = {"model": str(policy_folder), "vae": str(tmp_path / "vae"), "source": "posterior"}
+    changes["traces"] = [str(tmp_path / "traces.jsonl")]
+    run = sft.train(settings(**changes, out=str(tmp_path / "run"), device="cpu", steps=2))
+    kept = json.loads((run.folder / "config.json").read_text())
+    assert (kept["source"], kept["lengths"], kept["unguided"]) == ("posterior", [1, 2, 4, 8], 0.0)
+    output = capsys.readouterr().out
+    assert "before the warm-up: prefixes " in output
+    assert "after the warm-up: prefixes " in output
+
+
 def test_the_whole_stage_trains_once_and_keeps_what_it_is_made_of(
     tmp_path, policy_folder, vae, capsys
 ):
@@ -851,7 +1054,7 @@ def test_the_whole_stage_trains_once_and_keeps_what_it_is_made_of(
     run = sft.train(config)
     assert len(metrics_of(run.folder)) == 2
     kept = json.loads((run.folder / "config.json").read_text())
-    assert (kept["source"], kept["length"], kept["lr"]) == ("prior", 1, 1e-3)
+    assert (kept["source"], kept["lengths"], kept["lr"]) == ("prior", [1], 1e-3)
 
     weights = (run.folder / "policy" / "model.safetensors").read_bytes()
     before = (policy_folder / "model.safetensors").read_bytes()

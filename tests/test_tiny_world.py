@@ -13,7 +13,7 @@ from evaluate import EvaluateConfig
 from grpo import GRPOConfig
 from prefix import completion_logprobs, load_policy, prompt_of
 from rewards import load_task, world_defaults, world_of
-from sft import seed_of
+from sft import SFTConfig
 from tiny_world import ANSWER, END, PAD, QUESTION, STYLES, VOCABULARY
 
 
@@ -183,10 +183,15 @@ def test_the_scripts_reach_this_world_by_its_short_name():
 
 @pytest.mark.parametrize("world", ["tiny", "tiny-vl"])
 def test_every_default_of_a_world_is_a_setting_of_some_script(world):
-    names = {"sft_lr"}
+    names = {"sft"}
     for config in (GRPOConfig, EvaluateConfig):
         names |= {field.name for field in dataclasses.fields(config)}
-    assert set(world_defaults(world)) <= names
+    defaults = world_defaults(world)
+    assert set(defaults) <= names
+    of_warm_up = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert set(defaults["sft"]) == {"prior", "posterior"}
+    for settings in defaults["sft"].values():
+        assert set(settings) <= of_warm_up
 
 
 # ---- documents ----------------------------------------------------------------------------------
@@ -219,36 +224,14 @@ def test_a_document_keeps_one_style():
             assert tiny_world.style(cut_off) in (document.style, "none")
 
 
-def test_titles_are_common_and_some_are_soft():
+def test_titles_are_common_and_not_long():
     rng = random.Random(2)
-    titled, soft = 0, 0
+    titled = 0
     for _ in range(300):
         document = tiny_world.make_document(rng, 80)
         assert document.n_title <= 8
-        for position, bag in document.soft.items():
-            assert position < document.n_title
-            assert 2 <= len(bag) <= 16
         titled += document.n_title > 0
-        soft += len(document.soft) > 0
     assert 100 < titled < 250
-    assert 20 < soft < 100
-
-
-def test_half_of_the_soft_titles_repeat_one_bag():
-    """As a tiled prefix does; the others have a bag for each word, as independent latents."""
-    rng = random.Random(2)
-    repeated, varied = 0, 0
-    for _ in range(1500):
-        bags = list(tiny_world.make_document(rng, 80).soft.values())
-        if len(bags) < 2:
-            continue
-        if all(bag == bags[0] for bag in bags):
-            repeated += 1
-        else:
-            varied += 1
-    assert repeated > 50
-    assert varied > 50
-    assert 0.4 < repeated / (repeated + varied) < 0.6
 
 
 def test_the_title_of_a_topical_document_hints_at_its_style():
@@ -261,8 +244,6 @@ def test_the_title_of_a_topical_document_hints_at_its_style():
         style_words = set(tiny_world.STYLE_WORDS[document.style])
         titled += 1
         hinting += bool(style_words & set(document.words[: document.n_title]))
-        for bag in document.soft.values():
-            assert style_words & set(bag)
     assert titled > 100
     assert hinting / titled > 0.8  # neutral words may push the style word out of a title of eight
 
@@ -289,7 +270,8 @@ def batch_of_step(model, step, tokenizer):
 def test_a_batch_is_a_function_of_its_step(model, tokenizer):
     batch = batch_of_step(model, 0, tokenizer)
     assert batch.ids.shape == batch.weights.shape == (16, 80)
-    assert batch.embeddings.shape == (16, 80, 128)
+    table = model.get_input_embeddings().weight
+    assert torch.equal(batch.embeddings, table[batch.ids])  # words, as a real corpus has: no more
     assert batch.positions is None
     assert torch.equal(batch.ids, batch_of_step(model, 0, tokenizer).ids)
     assert not torch.equal(batch.ids, batch_of_step(model, 1, tokenizer).ids)
@@ -322,23 +304,6 @@ def test_questions_titles_and_pads_are_not_to_be_learnt(model, tokenizer):
     documents.append(tiny_world.Document("qa", [QUESTION, "?", ANSWER, "i"]))
     weights = tiny_world.embed_documents(documents, model, tokenizer).weights
     assert weights.tolist() == [[0, 1, 0, 0, 1, 1], [1, 0, 0, 1, 0, 0]]
-
-
-def test_soft_words_are_means_of_their_bags_and_all_others_their_own_embedding(model, tokenizer):
-    table = model.get_input_embeddings().weight.detach()
-    batch = batch_of_step(model, 0, tokenizer)
-    rng = random.Random(seed_of(0, "document", 0))
-    word_ids = tokenizer.get_vocab()
-    soft_words = 0
-    for ids, row in zip(batch.ids, batch.embeddings):
-        document = tiny_world.make_document(rng, 80)
-        expected = table[ids].clone()  # [T, d]
-        for position, bag in document.soft.items():
-            bag_rows = [table[word_ids[word]] for word in bag]
-            expected[position] = sum(bag_rows) / len(bag)
-            soft_words += 1
-        torch.testing.assert_close(row, expected)
-    assert soft_words > 5
 
 
 def test_the_loss_is_that_of_transformers_on_the_words_to_be_learnt(model, tokenizer):

@@ -62,13 +62,14 @@ SCRIPTS = {
 }
 
 # The flags that make a command small, by the words that it holds. They stand behind its own, and
-# the last one counts. VAE and warm-up are made in full where grpo.py will look for them.
+# the last one counts. The VAE is made in full, and the warm-up with the settings of grpo.py's own,
+# where that will look for them.
 BASE_STEPS = 10
 SMALL = {
     "tiny_world.py": f"--steps {BASE_STEPS}",
-    "sft.py --steps": "--steps 2 --batch 8",
+    "sft.py": "--steps 2",
     "vae.py --": "--epochs 5",
-    "grpo.py": f"--base-steps {BASE_STEPS} --steps 2 --prompts 2 --eval-questions 4",
+    "grpo.py": f"--base-steps {BASE_STEPS} --sft-steps 2 --steps 2 --prompts 2 --eval-questions 4",
     "evaluate.py": "--questions 4 --samples 8",
     "reproduce.py --analyse": "--questions 4 --samples 8",
     "reproduce.py --sweep": "--questions 4 --samples 8",
@@ -324,7 +325,8 @@ def walk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("walk")
     link_scripts(folder)
     # Programs have no flags: the base that they ask for is as small as that of the commands.
-    small_base = patch.dict(tiny_world.DEFAULTS, base_steps=BASE_STEPS)
+    small_sft = {source: {**s, "steps": 2} for source, s in tiny_world.DEFAULTS["sft"].items()}
+    small_base = patch.dict(tiny_world.DEFAULTS, base_steps=BASE_STEPS, sft=small_sft)
     path = patch.object(sys, "path", list(sys.path))  # task files put their folder there
     with small_base, path:
         yield Walk(folder)

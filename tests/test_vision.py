@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import drawn_scenes
 import grpo
+import sft
 import tiny_world
 from prefix import (
     Decoder,
@@ -32,12 +33,24 @@ from prefix import (
     completion_logprobs,
     embed_rows,
     generate_plainly,
+    generator_of,
     load_policy,
     prompt_of,
     rotary_positions,
 )
 from rewards import load_task, parse_box
-from sft import Ranks, apply_gradients, lm_step, load_reference, load_trainable, make_optimizer
+from sft import (
+    PrefixDraws,
+    Ranks,
+    SFTConfig,
+    apply_gradients,
+    lm_step,
+    load_reference,
+    load_trainable,
+    make_optimizer,
+    posterior_of,
+    seed_of,
+)
 from vae import (
     VAE,
     GPTDecoder,
@@ -644,6 +657,49 @@ def test_independent_latents_and_the_gaussian_control_make_eight_rows_a_draw(vl)
     gauss = Palette(vae, vl.table, "gauss", length=8).draw(0).embeddings
     assert gauss.shape == (8, 128)
     assert not torch.equal(gauss[0], gauss[1])
+
+
+def test_a_picture_and_its_answer_have_the_latent_of_their_eight_parts(vl):
+    """The posterior of a trace with a picture, by the GPT decoder: one z makes eight rows."""
+    vae = VAE.load(vl.vae)
+    posterior = posterior_of(vl.traces[:3], vl.reader, vl.model, vl.table, vae)
+    mu, log_var = vae.encode(pool_parts(vl.traces[:3], vl.reader, vl.model, rows=8))
+    torch.testing.assert_close(posterior.mu, mu)
+    torch.testing.assert_close(posterior.sigma, torch.exp(log_var / 2))
+
+    other_picture = [{**vl.traces[0], "image": vl.traces[1]["image"]}]
+    changed = posterior_of(other_picture, vl.reader, vl.model, vl.table, vae)
+    assert not torch.allclose(changed.mu[0], mu[0])
+
+    config = SFTConfig(
+        model="m", vae="v", traces=["t"], out="o", source="posterior", lengths=[3, 8]
+    )
+    draws = PrefixDraws(vae, vl.table, config, posterior)
+    prefixes = [draws.draw(step=0, row=row, number=2) for row in range(20)]
+    assert {len(prefix) for prefix in prefixes} == {3, 8}
+    z = mu[2] + posterior.sigma[2] * torch.randn(
+        32, generator=generator_of(seed_of(0, "sft prefix", 0, 5))
+    )
+    rows = vae.decode(z).view(8, 128)
+    torch.testing.assert_close(prefixes[5], rows[: len(prefixes[5])], atol=1e-4, rtol=1e-3)
+
+
+def test_a_warm_up_on_pictures_from_the_posterior_measures_control(vl, tmp_path, capsys):
+    lines = [json.dumps(trace) + "\n" for trace in vl.traces]
+    (tmp_path / "traces.jsonl").write_text("".join(lines))
+    config = SFTConfig(
+        model=vl.policy,
+        vae=vl.vae,
+        traces=[str(tmp_path / "traces.jsonl")],
+        out=str(tmp_path / "run"),
+        source="posterior",
+        steps=1,
+        batch=4,
+        device="cpu",
+    )
+    run = sft.train(config)
+    assert json.loads((run.folder / "config.json").read_text())["lengths"] == [8]
+    assert "after the warm-up: prefixes " in capsys.readouterr().out
 
 
 def test_the_table_of_the_tutorial_is_the_measured_one():

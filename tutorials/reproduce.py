@@ -636,7 +636,8 @@ def page_commands(config):
     grpo += ["--closing-questions", "0", "--resume", "--out", out]
     measure = ["--vae", f"{out}/vae", "--resume"]
     if config.quick:
-        grpo += ["--base-steps", "60", "--steps", "4", "--eval-questions", "16"]
+        grpo += ["--base-steps", "60", "--sft-steps", "4", "--steps", "4"]
+        grpo += ["--eval-questions", "16"]
         measure += ["--questions", "8", "--samples", "8"]
     else:
         measure += ["--questions", "128"]

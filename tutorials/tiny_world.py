@@ -6,10 +6,8 @@ style is right in the training text, but writes down more or less of the work: s
 style) decides whether an answer is right, and without context the good strategies are rare.
 
 Departs from the paper, which has no such thing: it trains real models on DeepMath-103K (here:
-`--task math`). The tiny world is ours, small enough to pretrain in a minute and a half. Its text
-holds *soft titles*, means of word embeddings, as a stand-in for the varied text that a real base
-model has read. That is close to training on what the VAE decodes; README says what it means for
-the results.
+`--task math`). The tiny world is ours, small enough to pretrain in a minute and a half. Its text is
+words alone, as that of a real base model: no vector that a VAE decodes is in it.
 
 Run it:
     python tutorials/tiny_world.py --show          # one question of each family in every style
@@ -22,7 +20,7 @@ import random
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -210,7 +208,12 @@ ANSWER_FORM = re.compile(r"(?:so|thus|print|return|is|=) ([0-9](?: [0-9])*)\s*$"
 DEFAULTS = {
     "schedule": ["none", "two-phase", "linear"],
     "lr": 4e-4,
-    "sft_lr": 3e-6,
+    "warm_up": "posterior",
+    "sft": {
+        "prior": {"lr": 3e-6, "tokens_per_batch": 1024},
+        # shorter prefixes are too close to none: their styles leak into answers without prefix
+        "posterior": {"lr": 2e-4, "lengths": [4, 8], "tokens_per_batch": 1024},
+    },
     "steps": 60,
     "max_new_tokens": 34,
     "eval_questions": 256,
@@ -297,7 +300,6 @@ CHAT_SHARE = 0.4  # of all documents
 CHAT_LEAK = 1e-4
 RANDOM_CHAT_SHARE = 0.25  # of chat documents: any words of the world in front, not neutral ones
 TITLE_SHARE = 0.7  # of topical documents; the others begin with a cut-off answer
-SOFT_SHARE = 0.3  # of titles
 # More of what each style does well, so that its skill comes sooner: shares of arith and list.
 FAMILY_SHARES = {"math": (2, 1), "code": (1, 2), "qa": (1, 1)}
 
@@ -328,14 +330,12 @@ TINY_WORLD = World(
 
 @dataclass
 class Document:
-    """A pretraining document. The first n_title of its words are a title; soft maps a position of
-    the title to the bag of words whose *mean embedding* stands there instead of the word's own.
-    image: the picture that its question is about, where the world has pictures."""
+    """A pretraining document. The first n_title of its words are a title. image: the picture that
+    its question is about, where the world has pictures."""
 
     style: str
     words: list
     n_title: int = 0
-    soft: dict = field(default_factory=dict)
     image: object = None
 
 
@@ -359,14 +359,7 @@ def _chat_opening(rng, world):
     if rng.random() < RANDOM_CHAT_SHARE:
         pool = world.content_words
     n_title = rng.choice([0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
-    document = Document(style, rng.choices(pool, k=n_title), n_title)
-
-    def draw_bag():
-        size = rng.randint(2, 8)
-        return rng.choices(pool, k=size)
-
-    soften_title(rng, document, draw_bag)
-    return document
+    return Document(style, rng.choices(pool, k=n_title), n_title)
 
 
 def _titled_opening(rng, world, style):
@@ -374,14 +367,7 @@ def _titled_opening(rng, world, style):
     n_neutral = rng.choice((0, 0, 1, 2, 3, 4))
     words = [*words, *rng.choices(NEUTRAL_WORDS, k=n_neutral)][:8]
     rng.shuffle(words)
-    document = Document(style, words, n_title=len(words))
-
-    def draw_bag():
-        size = rng.randint(3, 16)
-        return _title_words(rng, world, style, size)
-
-    soften_title(rng, document, draw_bag)
-    return document
+    return Document(style, words, n_title=len(words))
 
 
 def _title_words(rng, world, style, n):
@@ -394,22 +380,6 @@ def _title_words(rng, world, style, n):
         style_word = rng.choice([word for word in pool if word in style_words])
         words[rng.randrange(n)] = style_word
     return words
-
-
-def soften_title(rng, document, draw_bag):
-    """Replace the title's words, in SOFT_SHARE of the documents that have one, by bags of words:
-    one bag for all positions, or one each. Our choice: it lets the model read an average of
-    words, which is what a VAE decodes."""
-    if document.n_title == 0 or rng.random() >= SOFT_SHARE:
-        return
-    common_bag = None
-    if rng.random() < 0.5:
-        common_bag = draw_bag()
-    for position in range(document.n_title):
-        if common_bag is None:
-            document.soft[position] = draw_bag()
-        else:
-            document.soft[position] = common_bag
 
 
 def make_document(rng, length):
@@ -515,32 +485,8 @@ def embed_documents(documents, model, tokenizer):
     for row, document in enumerate(documents):
         weights[row, : document.n_title] = 0
 
-    table = model.get_input_embeddings().weight  # [V, d]
-    embeddings = F.embedding(ids, table)  # [B, T, d]
-    return Batch(ids, put_soft_words(embeddings, documents, table, word_ids), weights)
-
-
-def put_soft_words(embeddings, documents, table, word_ids):
-    """embeddings [B, T, d] with the mean embedding of its bag at every soft position.
-
-    One embedding_bag for all bags: a loop over `table[bag].mean(0)` gives the same rows, but adds
-    their gradients in another order, and the base is made to the bit.
-    """
-    rows, columns = [], []  # where a soft word stands
-    bag_ids, starts = [], []  # all bags one after the other, and where each starts
-    for row, document in enumerate(documents):
-        for column, bag in document.soft.items():
-            rows.append(row)
-            columns.append(column)
-            starts.append(len(bag_ids))
-            bag_ids += [word_ids[word] for word in bag]
-    if not rows:
-        return embeddings
-    bag_ids = torch.tensor(bag_ids)
-    starts = torch.tensor(starts)
-    means = F.embedding_bag(bag_ids, table, starts, mode="mean")  # [soft words, d]
-    places = (torch.tensor(rows), torch.tensor(columns))
-    return embeddings.index_put(places, means)
+    embeddings = model.get_input_embeddings()(ids)  # [B, T, d]
+    return Batch(ids, embeddings, weights)
 
 
 def make_batch(config, step, model, tokenizer):
