@@ -197,7 +197,7 @@ TEST_QUESTIONS, TRAIN_QUESTIONS = 512, 2048
 DEFAULTS = {**tiny_world.DEFAULTS, "max_new_tokens": 14, "base_steps": 400}
 DEFAULTS["sft"] = {
     "prior": {"lr": 3e-6, "tokens_per_batch": 1024},
-    "posterior": {"lr": 1e-4, "lengths": [8], "tokens_per_batch": 1024},
+    "posterior": {"steps": 30, "lr": 1e-4, "lengths": [8], "tokens_per_batch": 1024},
 }
 
 
