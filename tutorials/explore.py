@@ -51,7 +51,7 @@ class Stage:
 
 STAGES = (
     Stage("base", "base model", ("base",)),
-    Stage("warm-up", "after the warm-up", ("sft",)),
+    Stage("warm-up", "after warm-up", ("sft",)),
     Stage("rl", "after RL with latents", ("grpo-two-phase-s*", "*-two-phase-s*", "*-linear-s*")),
     Stage("rl-none", "after RL without", ("grpo-none-s*", "*-none-s*")),
 )
