@@ -133,7 +133,9 @@ def plane_of(vae):
     seed looks alike.
     """
     if vae.rows_per_z != 1 or vae.latent < 2 or len(vae.domains) < 2:
-        raise ValueError("the map needs a VAE of two latents or more, two domains or more, and an MLP decoder")
+        raise ValueError(
+            "the map needs a VAE of two latents or more, two domains or more, and an MLP decoder"
+        )
     centred = vae.domain_mean - vae.domain_mean.mean(0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=True)  # [k, k]
 
@@ -175,9 +177,7 @@ class Lab:
         """(names of styles, 1.0 or 0.0 for right and wrong) of greedy answers."""
         prompts = [prompt_of(row, self.reader) for row in rows]
         seeds = range(len(rows))
-        completions, texts = complete(
-            self.decoder, self.reader, prompts, prefixes, GREEDY, seeds
-        )
+        completions, texts = complete(self.decoder, self.reader, prompts, prefixes, GREEDY, seeds)
         styles = [self.task.style(text) for text in texts]
         right = []
         for row, completion, text in zip(rows, completions, texts):
