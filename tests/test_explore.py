@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import subprocess
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -19,10 +18,20 @@ import torch
 import explore
 import tiny_world
 from evaluate import pass_at_k
-from explore import STAGES, ExploreConfig, folder_of, map_of, packed, page_data, plane_of
+from explore import (
+    STAGES,
+    STYLES,
+    ExploreConfig,
+    folder_of,
+    map_cells,
+    map_of,
+    packed,
+    page_data,
+    plane_of,
+)
 from prefix import embed_rows, generate_plainly, load_policy, prompt_of, text_model
 from rewards import prompt_ids
-from tiny_world import STYLES, make_model, make_question, write_answer
+from tiny_world import make_model, make_question, write_answer
 from vae import VAE
 
 NODE = shutil.which("node")
@@ -30,7 +39,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 CHECKS = 128  # answers of each of the two stages that the page must reproduce
-BUSY = 4  # how much slower than an idle one a test's machine may be
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,8 @@ def page(data, root):
 def quick_page(data, root):
     """The same with few checks, as the real one."""
     path = root / "quick.html"
-    path.write_text(explore.page_of({**data, "checks": data["checks"][:4]}))
+    stages = [{**stage, "checks": stage["checks"][:4]} for stage in data["stages"]]
+    path.write_text(explore.page_of({**data, "stages": stages}))
     return path
 
 
@@ -111,33 +120,32 @@ def test_the_plane_holds_what_tells_the_domains_apart(vae):
     assert last[1] < 0
 
 
-def test_the_map_says_where_which_style_is_right(vae):
-    """A world in which all is math and right to the right of the middle, and code and wrong left."""
+def test_the_map_says_where_which_style_is_right(vae, monkeypatch):
+    """Right of the middle all answers are math and right, left of it code and wrong."""
     axes = plane_of(vae)
+    monkeypatch.setattr(vae, "decode", torch.clone)  # so that a prefix is its latent
 
     def answer(rows, prefixes):
-        is_right = [(prefix[0] @ axes[0]).item() > 0 for prefix in prefixes]
-        return [("code", "math")[right] for right in is_right], [float(right) for right in is_right]
+        right = [float(prefix[0] @ axes[0] > 0) for prefix in prefixes]
+        styles = ["math" if is_right else "code" for is_right in right]
+        return None, styles, right
 
-    # decode passes z on as if it were the prefix
-    latents = SimpleNamespace(**{name: getattr(vae, name) for name in vars(vae)})
-    latents.domain_mean = vae.domain_mean
-    latents.decode = torch.clone
-    lab = SimpleNamespace(vae=latents, questions={"arith": [{}]}, answer=answer)
+    lab = SimpleNamespace(vae=vae, questions=lambda family: [{}], answer=answer)
     shown = map_of(lab, "arith", 2)
-    for (x, _), style, right in zip(explore.map_cells().tolist(), shown["style"], shown["right"]):
-        if abs(x) > 1:
+    for (x, _), style, right in zip(map_cells().tolist(), shown["style"], shown["right"]):
+        if abs(x) > 1:  # beyond the blur
             assert STYLES[style] == ("math" if x > 0 else "code")
             assert right == (100 if x > 0 else 0)
-    assert 40 < shown["overPrior"] < 60
-    assert sum(shown["stylesOverPrior"]) == pytest.approx(100, abs=1)
+    assert shown["rightOverPrior"] == pytest.approx(50, abs=8)  # the cells at x = 0 are left
+    assert sum(shown["stylesOverPrior"]) == pytest.approx(100, abs=2)
 
 
 def test_the_checks_hold_every_source_and_length(data):
-    kinds = {(check["source"], check["length"]) for check in data["checks"]}
-    prefixes = {(source, n) for source in ("prior", "math", "noise") for n in (1, 4, 8)}
-    assert kinds == {("none", 0)} | prefixes
-    assert len(data["checks"]) >= 256
+    for stage in data["stages"]:
+        kinds = {(check["source"], check["length"]) for check in stage["checks"]}
+        prefixes = {(source, n) for source in ("prior", "math", "noise") for n in (1, 4, 8)}
+        assert kinds == {("none", 0)} | prefixes
+        assert len(stage["checks"]) == CHECKS
 
 
 def test_the_checks_are_what_the_plain_decoder_gives(data, root):
@@ -146,7 +154,7 @@ def test_the_checks_are_what_the_plain_decoder_gives(data, root):
     vae = VAE.load(root / "vae")
     explore.round_weights(vae)
     table = model.get_input_embeddings().weight.detach()
-    for check in data["checks"][:12]:
+    for check in data["stages"][0]["checks"][:12]:
         prefix = None
         if "latent" in check:
             prefix = vae.decode(torch.tensor(check["latent"])).expand(check["length"], -1)
@@ -190,7 +198,7 @@ def in_node(page, expression, **values):
 
 
 # The self-check that the page makes when it opens, at one go.
-RUN_CHECKS = "(result => { for (const _ of checkJob(DATA.checks, result)); return result })({})"
+RUN_CHECKS = "(result => { for (const _ of checkJob(result)); return result })({})"
 
 
 @needs_node
@@ -240,7 +248,7 @@ def test_the_page_knows_the_world(page, tokenizer):
     asked = []
     for number in range(60):
         question = make_question(rng)
-        answer = write_answer(rng, question, STYLES[number % 3])
+        answer = write_answer(rng, question, tiny_world.STYLES[number % 3])
         if number % 2:  # another last digit: a wrong answer in the same style
             answer = f"{answer[:-1]}{(int(answer[-1]) + 1) % 10}"
         row = {"answer": question.answer, "finish": "stop"}
@@ -303,10 +311,9 @@ def test_a_question_that_cannot_be_read_is_named(page, text, message):
 
 @needs_node
 def test_pass_at_k_is_that_of_the_tables(page):
-    for right in (0, 1, 5, 31, 32):
-        for k in (1, 4, 32):
-            found = in_node(page, f"passAtK(32, {right}, {k})")
-            assert found == pytest.approx(pass_at_k(32, right, k), abs=1e-9)
+    tries = [(right, k) for right in (0, 1, 5, 31, 32) for k in (1, 4, 32)]
+    found = in_node(page, "tries.map(([right, k]) => passAtK(32, right, k))", tries=tries)
+    assert found == pytest.approx([pass_at_k(32, right, k) for right, k in tries], abs=1e-9)
 
 
 # ---- the page itself, in headless Chromium -------------------------------------------------------
@@ -343,6 +350,7 @@ class Browser:
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
 
     def read(self):
         """The next message."""
@@ -377,7 +385,7 @@ class Browser:
             while not any(event["method"] == "Page.loadEventFired" for event in self.events):
                 self.events.append(self.read())
         if script:
-            self.run("until(() => JOBS.size === 0)")
+            self.run("until(() => byId('noiseVerdict').textContent)")  # the last of the three
 
     def run(self, expression):
         """What a JavaScript expression gives in the page, once its promise is kept."""
@@ -389,6 +397,12 @@ class Browser:
         answer = self.call("Runtime.evaluate", **params)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def seconds(self):
+        """Processor time of the page's main thread: a busy machine does not stretch it."""
+        metrics = self.call("Performance.getMetrics")["metrics"]
+        [seconds] = [metric["value"] for metric in metrics if metric["name"] == "TaskDuration"]
+        return seconds
 
     def close(self):
         self.call("Browser.close")
@@ -407,8 +421,6 @@ def browser(tmp_path_factory):
 @needs_chromium
 def test_in_chromium_all_answers_are_pytorchs_and_nothing_is_asked_for(browser, page):
     browser.open(page.as_uri())
-    first_answer = browser.run("performance.now()")
-    assert first_answer < BUSY * 1000
     browser.run("until(() => JOBS.has('check'))")
     browser.run("until(() => !JOBS.has('check'))")
     assert f"{2 * CHECKS} of {2 * CHECKS} answers" in browser.run("byId('checked').textContent")
@@ -422,35 +434,46 @@ def test_in_chromium_all_answers_are_pytorchs_and_nothing_is_asked_for(browser, 
     assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
 
 
-# Points along a line, each as a pointer gives it: how long until the answer stands there, in ms.
+@needs_chromium
+def test_the_page_answers_within_a_second(browser, quick_page):
+    began = browser.seconds()
+    browser.open(quick_page.as_uri())
+    assert browser.seconds() - began < 1
+
+
+DRAG_POINTS = 20
+# Points along a line, as a pointer gives them; each is answered before the next.
 DRAG = """(async () => {
     const map = byId("map")
     map.setPointerCapture = () => {}
     map.hasPointerCapture = () => true
     const box = map.getBoundingClientRect()
-    const times = []
-    for (let i = 0; i < 21; i++) {
-        const place = { clientX: box.left + box.width * (0.2 + 0.03 * i), clientY: box.top + box.height / 3 }
-        const began = performance.now()
-        map.dispatchEvent(new PointerEvent(i === 0 ? "pointerdown" : "pointermove", place))
+    for (let i = 1; i <= POINTS; i++) {
+        const clientX = box.left + (box.width * i) / POINTS
+        const place = { clientX, clientY: box.top + box.height / 3 }
+        map.dispatchEvent(new PointerEvent(i === 1 ? "pointerdown" : "pointermove", place))
         await until(() => !JOBS.has("latent"))
-        times.push(performance.now() - began)
     }
-    return times.sort((a, b) => a - b)[10]
-})()"""
+})()""".replace("POINTS", str(DRAG_POINTS))
 
 
 @needs_chromium
 def test_a_drag_is_answered_at_once(browser, quick_page):
     browser.open(quick_page.as_uri())
-    assert browser.run(DRAG) < BUSY * 50
+    browser.run("until(() => JOBS.has('check'))")
+    browser.run("until(() => !JOBS.has('check'))")
+    began = browser.seconds()
+    browser.run(DRAG)
+    assert (browser.seconds() - began) / DRAG_POINTS < 0.050
+
     x, y = browser.run("STATE.point.slice(0, 2)")
-    assert (x, y) == (pytest.approx(6.2 * 0.3, abs=0.02), pytest.approx(6.2 / 6, abs=0.02))
+    assert x == pytest.approx(3)  # the map's edge
+    assert y == pytest.approx(6.2 / 6, abs=0.02)
     shown = browser.run("byId('latentWords').textContent.replace(/[✓✗ ]/g, '')")
     assert shown == browser.run("textOf(LANES.latent.completion.ids).replaceAll(' ', '')")
 
 
-# The 32 tries: seconds, and the longest time in which the page did nothing else.
+# The longest time, in ms, in which the page did nothing but try.
 TRY = """(async () => {
     let last = performance.now()
     let longest = 0
@@ -458,22 +481,21 @@ TRY = """(async () => {
         longest = Math.max(longest, performance.now() - last)
         last = performance.now()
     }, 5)
-    const began = last
     byId("try").click()
     await until(() => !JOBS.has("tries"))
     clearInterval(beat)
-    return [(performance.now() - began) / 1000, longest / 1000]
+    return longest
 })()"""
 
 
 @needs_chromium
 def test_the_tries_do_not_freeze_the_page(browser, quick_page):
     browser.open(quick_page.as_uri())
-    seconds, longest_wait = browser.run(TRY)
-    assert seconds < BUSY * 5
-    assert longest_wait < BUSY * 0.1
-    rows = browser.run("[...document.querySelectorAll('#arms tr')].map(row => row.textContent)")
-    assert len(rows) == 4
+    began = browser.seconds()
+    longest_wait = browser.run(TRY)
+    assert browser.seconds() - began < 5
+    assert longest_wait < 1000
+    assert browser.run("document.querySelectorAll('#arms tr').length") == 4
     assert browser.run("document.querySelectorAll('#arms .mark').length") == 4 * 32
 
 
@@ -526,7 +548,7 @@ def test_without_script_the_map_is_there(browser, quick_page):
     def find(selector):
         return browser.call("DOM.querySelectorAll", nodeId=document, selector=selector)["nodeIds"]
 
-    assert len(find("#cells use")) == len(explore.map_cells())
+    assert len(find("#cells use")) == len(map_cells())
     assert len(find("noscript p")) == 1  # an element only where scripts are off
     [map_id] = find("#map")
     assert browser.call("DOM.getBoxModel", nodeId=map_id)["model"]["width"] > 300

@@ -17,7 +17,6 @@ Run it (about 15 seconds; `python grpo.py` does it at its end):
 import base64
 import json
 import math
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,8 @@ from transformers.hf_argparser import HfArg
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tiny_world
 from prefix import Decoder, Palette, Sampling, complete, load_policy, prompt_of
-from rewards import load_task_file
-from vae import VAE, parse_settings, require_at_least, run_main, write_text
+from rewards import Task, load_task_file
+from vae import VAE, Reader, parse_settings, require_at_least, run_main, write_text
 
 TEMPLATE = Path(__file__).with_name("explore.html")
 LENGTH = 8  # L of the map and of the shares of right answers
@@ -81,14 +80,6 @@ def packed(tensor):
         raise ValueError("a weight does not fit into fp16: its page cannot be made")
     data = base64.b64encode(half.numpy().tobytes()).decode()
     return {"shape": list(half.shape), "data": data}
-
-
-def packed_policy(model):
-    """The tensors of a tiny Qwen3 by their names in the module, and the shape of the model."""
-    tensors = {}
-    for name, tensor in model.model.state_dict().items():
-        tensors[name] = packed(tensor)
-    return tensors
 
 
 def shape_of(model):
@@ -164,17 +155,30 @@ def map_cells():
 
 @dataclass
 class Lab:
-    """What answers questions at one stage."""
+    """What answers questions at one stage, with weights rounded as the page has them."""
 
-    decoder: Decoder
-    reader: object
-    task: object
+    model: torch.nn.Module
+    reader: Reader
+    task: Task
     vae: VAE
     table: torch.Tensor  # [V, d]
-    questions: dict  # family -> rows of the test split
+    decoder: Decoder
+
+    @classmethod
+    def of(cls, folder, task, vae):
+        """The policy of a run folder. ValueError if the VAE is not one of its embeddings."""
+        model, reader = load_policy(str(folder))
+        round_weights(model)
+        table = model.get_input_embeddings().weight.detach()
+        vae.check_policy(table)
+        return cls(model, reader, task, vae, table, Decoder(model, slots=256))
+
+    def questions(self, family):
+        """The test questions of a family."""
+        return [row for row in self.task.test if row["family"] == family]
 
     def answer(self, rows, prefixes):
-        """(names of styles, 1.0 or 0.0 for right and wrong) of greedy answers."""
+        """(completions, names of their styles, 1.0 or 0.0 for right and wrong), greedy."""
         prompts = [prompt_of(row, self.reader) for row in rows]
         seeds = range(len(rows))
         completions, texts = complete(self.decoder, self.reader, prompts, prefixes, GREEDY, seeds)
@@ -182,39 +186,52 @@ class Lab:
         right = []
         for row, completion, text in zip(rows, completions, texts):
             right.append(self.task.judge(text, row, completion.finish)["accuracy"])
-        return styles, right
+        return completions, styles, right
 
 
-def map_of(lab, family, per_cell):
-    """The map's background for a family of questions: of each cell the commonest style, its share
-    and the share of right answers, in per cent.
+STYLES = (*tiny_world.STYLES, "none")  # "none": without any word of a style
+
+
+def answer_cells(lab, family, per_cell):
+    """Shares [C, styles + 1] of each style, and of right answers, in every cell of the map.
 
     A cell is answered per_cell times: another question and another draw of the other dimensions
     each time, so that the map is right on average wherever they are.
     """
-    cells = map_cells()
-    points = cells.repeat_interleave(per_cell, 0)  # [N, 2]
-    rest = torch.randn(len(points), lab.vae.latent - 2, generator=torch.Generator().manual_seed(0))
+    points = map_cells().repeat_interleave(per_cell, 0)  # [N, 2], N = C * per_cell
+    generator = torch.Generator().manual_seed(0)
+    rest = torch.randn(len(points), lab.vae.latent - 2, generator=generator)
     z = torch.cat([points, rest], 1) @ plane_of(lab.vae)  # [N, k]
     prefixes = [row.expand(LENGTH, -1) for row in lab.vae.decode(z)]
-    questions = lab.questions[family]
+    questions = lab.questions(family)
     rows = [questions[number % len(questions)] for number in range(len(points))]
-    styles, right = lab.answer(rows, prefixes)
+    _, styles, right = lab.answer(rows, prefixes)
 
-    is_style = torch.tensor([[name == style for name in tiny_world.STYLES] for style in styles])
-    values = torch.cat([is_style.float(), torch.tensor(right)[:, None]], 1)  # [N, styles + 1]
-    means = values.view(len(cells), per_cell, -1).mean(1)  # [C, styles + 1]
-    weights = torch.exp(-torch.cdist(cells, cells).pow(2) / (2 * BLUR**2))  # [C, C]
-    blurred = weights @ means / weights.sum(1, keepdim=True)
+    values = torch.zeros(len(points), len(STYLES) + 1)
+    for number, style in enumerate(styles):
+        values[number, STYLES.index(style)] = 1
+        values[number, -1] = right[number]
+    return values.view(-1, per_cell, len(STYLES) + 1).mean(1)
+
+
+def map_of(lab, family, per_cell):
+    """The map's background for a family of questions: of each cell the commonest style, its share
+    and the share of right answers; and the shares over all draws of the prior. In per cent."""
+    cells = map_cells()
+    shares = answer_cells(lab, family, per_cell)  # [C, styles + 1]
+    squared_distances = torch.cdist(cells, cells).pow(2)  # [C, C]
+    weights = torch.exp(-squared_distances / (2 * BLUR**2))
+    blurred = weights @ shares / weights.sum(1, keepdim=True)  # [C, styles + 1]
     share, style = blurred[:, :-1].max(1)
-    prior = torch.exp(-cells.pow(2).sum(1) / 2)  # [C], the prior's density up to a factor
-    over_prior = prior @ means / prior.sum()  # [styles + 1]
+
+    density = torch.exp(-cells.pow(2).sum(1) / 2)  # [C], of the prior, up to a factor
+    over_prior = density @ shares / density.sum()  # [styles + 1]
     return {
         "style": style.tolist(),
         "share": per_cent(share),
         "right": per_cent(blurred[:, -1]),
-        "overPrior": per_cent(over_prior[-1]),
         "stylesOverPrior": per_cent(over_prior[:-1]),
+        "rightOverPrior": per_cent(over_prior[-1]),
     }
 
 
@@ -225,12 +242,12 @@ def per_cent(shares):
 
 def controls_of(lab, family, count):
     """{control: per cent right} of `count` questions without prefix and under noise."""
-    rows = lab.questions[family][:count]
+    rows = lab.questions(family)[:count]
     shares = {}
     for source in ("none", "noise"):
         palette = Palette(None, lab.table, source, LENGTH)
         prefixes = [palette.draw(seed).embeddings for seed in range(len(rows))]
-        _, right = lab.answer(rows, prefixes)
+        _, _, right = lab.answer(rows, prefixes)
         shares[source] = per_cent(torch.tensor(right).mean())
     return shares
 
@@ -242,7 +259,7 @@ CHECK_SOURCES = ("none", "prior", "math", "noise")
 CHECK_LENGTHS = (1, 4, 8)
 
 
-def checks_of(stage, lab, count):
+def checks_of(lab, count):
     """`count` greedy answers by PyTorch, of which the page decodes the same questions again: token
     ids and log-probs. A prefix is given as its latent, or as its row where it has none."""
     rows = lab.task.test[:count]
@@ -252,17 +269,17 @@ def checks_of(stage, lab, count):
         source = CHECK_SOURCES[number % len(CHECK_SOURCES)]
         length = CHECK_LENGTHS[number // len(CHECK_SOURCES) % len(CHECK_LENGTHS)]
         prefix = Palette(lab.vae, lab.table, source, length).draw(number)
-        check = {"stage": stage.name, "question": row["question"], "source": source}
-        check["length"] = 0 if source == "none" else length
+        check = {"question": row["question"], "source": source, "length": length}
         if prefix.latent is not None:
             check["latent"] = prefix.latent[0].tolist()
-        elif prefix.embeddings is not None:
+        elif source == "noise":
             check["row"] = prefix.embeddings[0].tolist()
+        else:
+            check["length"] = 0
         prefixes.append(prefix.embeddings)
         checks.append(check)
 
-    prompts = [prompt_of(row, lab.reader) for row in rows]
-    completions, _ = complete(lab.decoder, lab.reader, prompts, prefixes, GREEDY, range(len(rows)))
+    completions, _, _ = lab.answer(rows, prefixes)
     for check, completion in zip(checks, completions):
         check["ids"] = completion.ids
         check["logprobs"] = completion.logprobs
@@ -288,30 +305,27 @@ def world_data():
     }
 
 
-def stage_data(stage, folder, vae, questions, config):
-    """(what the page holds of one stage, its checks)."""
-    model, reader = load_policy(str(folder))
-    round_weights(model)
-    table = model.get_input_embeddings().weight.detach()
-    vae.check_policy(table)
-    task = load_task_file(tiny_world.__file__, splits=("test",))
-    decoder = Decoder(model, slots=256)
-    lab = Lab(decoder, reader, task, vae, table, questions)
+def stage_data(stage, folder, task, vae, config):
+    """What the page holds of one stage."""
+    lab = Lab.of(folder, task, vae)
+    tensors = {}
+    for name, tensor in lab.model.model.state_dict().items():
+        tensors[name] = packed(tensor)
     maps = {}
     controls = {}
     for family in tiny_world.FAMILIES:
         maps[family] = map_of(lab, family, config.questions)
         controls[family] = controls_of(lab, family, 8 * config.questions)
-    data = {
+    return {
         "name": stage.name,
         "title": stage.title,
         "folder": str(folder),
-        "shape": shape_of(model),
-        "tensors": packed_policy(model),
+        "shape": shape_of(lab.model),
+        "tensors": tensors,
         "maps": maps,
         "controls": controls,
+        "checks": checks_of(lab, config.checks),
     }
-    return data, checks_of(stage, lab, config.checks)
 
 
 def page_data(config):
@@ -320,31 +334,22 @@ def page_data(config):
     if folder_of(STAGES[0], root) is None:
         raise ValueError(f"no finished base in {root}/base: run python grpo.py first")
     vae = VAE.load(root / "vae")
-    plane_of(vae)  # refuses a VAE that has no map, before any long work
     round_weights(vae)
-
-    questions = {family: [] for family in tiny_world.FAMILIES}
-    for row in tiny_world.load("test"):
-        questions[row["family"]].append(row)
+    packed_latents = packed_vae(vae)  # first: it refuses a VAE that has no map
+    task = load_task_file(tiny_world.__file__, splits=("test",))
 
     stages = []
-    checks = []
     for stage in STAGES:
         folder = folder_of(stage, root)
-        if folder is None:
-            continue
-        data, stage_checks = stage_data(stage, folder, vae, questions, config)
-        stages.append(data)
-        checks += stage_checks
+        if folder is not None:
+            stages.append(stage_data(stage, folder, task, vae, config))
     return {
         "world": world_data(),
-        "vae": packed_vae(vae),
+        "vae": packed_latents,
         "stages": stages,
         "cells": map_cells().tolist(),
-        "perCell": config.questions,
         "length": LENGTH,
-        "checks": checks,
-        "start": tiny_world.load("test")[0]["question"],
+        "start": task.test[0]["question"],
     }
 
 
@@ -355,7 +360,7 @@ def marks_of(data):
     shown = stage["maps"][tiny_world.FAMILIES[0]]
     marks = []
     for (x, y), style, right in zip(data["cells"], shown["style"], shown["right"]):
-        name = tiny_world.STYLES[style]
+        name = STYLES[style]
         size = 4 + 13 * math.sqrt(right / 100)
         faint = max(0.12, math.exp(-(x * x + y * y) / 4))
         place = f"translate({100 * x:.0f} {-100 * y:.0f}) scale({size:.1f})"
