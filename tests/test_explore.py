@@ -399,7 +399,8 @@ class Browser:
         return answer["result"].get("value")
 
     def seconds(self):
-        """Processor time of the page's main thread: a busy machine does not stretch it."""
+        """Processor time of the page's main thread since it was opened: a busy machine does not
+        stretch it."""
         metrics = self.call("Performance.getMetrics")["metrics"]
         [seconds] = [metric["value"] for metric in metrics if metric["name"] == "TaskDuration"]
         return seconds
@@ -436,9 +437,8 @@ def test_in_chromium_all_answers_are_pytorchs_and_nothing_is_asked_for(browser, 
 
 @needs_chromium
 def test_the_page_answers_within_a_second(browser, quick_page):
-    began = browser.seconds()
     browser.open(quick_page.as_uri())
-    assert browser.seconds() - began < 1
+    assert 0.01 < browser.seconds() < 1
 
 
 DRAG_POINTS = 20
@@ -513,8 +513,8 @@ def test_the_address_holds_the_state(browser, quick_page):
     browser.open(address)
     again = browser.run("({ ...STATE, point: STATE.point.slice(0, 2), question: 0 })")
     assert again == found
-    for name in ("point", "stage", "length", "question"):
-        browser.open(f"{quick_page.as_uri()}#{name}=nonsense")
+    for said in ("point=1,x", "stage=last", "length=2.5", "question=calc+x"):
+        browser.open(f"{quick_page.as_uri()}#{said}")
         assert browser.run("byId('latentVerdict').textContent")
 
 
