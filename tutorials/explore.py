@@ -50,9 +50,9 @@ class Stage:
 
 STAGES = (
     Stage("base", "base model", ("base",)),
-    Stage("warm-up", "after warm-up", ("sft",)),
-    Stage("rl", "after RL with latents", ("grpo-two-phase-s*", "*-two-phase-s*", "*-linear-s*")),
-    Stage("rl-none", "after RL without", ("grpo-none-s*", "*-none-s*")),
+    Stage("warm-up", "warm-up", ("sft",)),
+    Stage("rl", "RL with latents", ("grpo-two-phase-s*", "*-two-phase-s*", "*-linear-s*")),
+    Stage("rl-none", "RL without latents", ("grpo-none-s*", "*-none-s*")),
 )
 
 
