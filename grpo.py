@@ -1219,6 +1219,9 @@ def report(config, policies, folders, device):
     pictures = sorted(str(path) for path in root.glob("*/*.png"))
     print(f"pictures: {' '.join(pictures) or 'none'}")
     print(f"learning curves: python tutorials/reproduce.py --curves {root}/{config.algorithm}-*-s*")
+    world = world_of(config.model)
+    if config.closing_questions > 0 and hasattr(world, "finish"):
+        print(world.finish(root), flush=True)
     return figures
 
 

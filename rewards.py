@@ -48,6 +48,8 @@ from pathlib import Path
 # A *world* is a task file that brings a model of its own, which --model can name:
 #     make_policy(folder, seed=0, steps=None)   makes folder/policy and folder/traces.jsonl
 #     make_reader()                             what turns text and pictures into its input
+#     finish(folder)                            called by grpo.py behind its closing table with its
+#                                               run folder; makes what it likes, returns a line
 #     DEFAULTS = {...}                          settings that fit it, by name
 
 DEFAULT_WORLD = "tiny"

@@ -1861,10 +1861,14 @@ def make_policy(folder, seed=0, steps=None):
     make_reader().save(f"{folder}/policy")
     lines = [json.dumps(trace) + "\\n" for trace in tiny_world.make_traces(60, seed=0)]
     Path(folder, "traces.jsonl").write_text("".join(lines))
+
+
+def finish(folder):
+    return f"the world finishes {folder}"
 '''
 
 
-def test_a_job_runs_from_python_and_is_found_done(tmp_path, monkeypatch):
+def test_a_job_runs_from_python_and_is_found_done(tmp_path, monkeypatch, capsys):
     """From a world's file to the tables: `from grpo import GRPOConfig, train`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vae_script, "draw_latents", lambda *_: None)
@@ -1893,11 +1897,13 @@ def test_a_job_runs_from_python_and_is_found_done(tmp_path, monkeypatch):
     arms = read_json(root / "evaluation" / "config.json")
     assert arms["model"] == "runs/own_world/sft/policy"  # the start that has seen prefixes
     assert arms["questions"] == 1
+    assert capsys.readouterr().out.endswith("the world finishes runs/own_world\n")
 
     monkeypatch.setattr(vae_script, "train_vae", fail)
     monkeypatch.setattr(sft, "warm_up", fail)
     monkeypatch.setattr(grpo, "train_policy", fail)
     assert train(dataclasses.replace(config, closing_questions=0)) == figures
+    assert "the world finishes" not in capsys.readouterr().out
 
 
 # ---- settings and the command line ---------------------------------------------------------------

@@ -605,6 +605,17 @@ def make_policy(folder, seed=0, steps=None):
     make_base(TinyWorldConfig(out=str(folder), seed=seed, steps=steps, resume=True))
 
 
+def finish(folder):
+    """What grpo.py calls at its end: make the page of this run. Returns the line that names it."""
+    import explore  # late: it imports this file
+
+    try:
+        page = explore.make_page(explore.ExploreConfig(run=str(folder)))
+    except ValueError as error:  # a run with its VAE elsewhere, say: no reason to fail at the end
+        return f"no page of the palette: {error}"
+    return f"the palette, to open in a browser: {page}"
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Command line
 
