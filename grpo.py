@@ -1109,7 +1109,7 @@ def train(config):
         if not run.finished:
             start = policies[run_plan.schedule]
             traces = []
-            if run_plan.schedule != "none":
+            if run_plan.schedule != "none" and needs_vae(config.source):
                 traces = vae.load_traces(corpus["traces"], corpus["limit"])
             train_run(run_plan, run, task, rewards, start, config, traces)
         elif ranks.rank == 0:

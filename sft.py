@@ -1136,6 +1136,22 @@ def mean_of_domains(values):
     return sum(means) / len(means)
 
 
+def held_out_pairs(traces, reader, domains, style, answers, max_tokens):
+    """{number of a trace: (Prompt, answer ids)} of measure_control."""
+    examples = {}
+    count = dict.fromkeys(domains, 0)
+    for number, trace in enumerate(traces):
+        domain = trace["domain"]
+        if not is_held_out(number) or domain not in count or count[domain] == answers:
+            continue
+        pair = answer_ids(trace, reader, style, 2 * max_tokens)
+        if pair is not None:
+            prompt, answer = pair
+            examples[number] = (prompt, answer[:max_tokens])
+            count[domain] += 1
+    return examples
+
+
 @torch.no_grad()
 def measure_control(
     model, reader, vae, traces, length, sources=(), style="auto", answers=8, max_tokens=96
@@ -1148,17 +1164,9 @@ def measure_control(
     Returns None where a domain has no such trace. The prefix of an answer is a function of the
     source and of the trace's number.
     """
-    examples = {}  # number of a trace -> (Prompt, answer ids)
-    count = dict.fromkeys(vae.domains, 0)
-    for number, trace in enumerate(traces):
-        domain = trace["domain"]
-        if is_held_out(number) and count.get(domain, answers) < answers:
-            pair = answer_ids(trace, reader, style, 2 * max_tokens)
-            if pair is not None:
-                prompt, answer = pair
-                examples[number] = (prompt, answer[:max_tokens])
-                count[domain] += 1
-    if 0 in count.values():
+    examples = held_out_pairs(traces, reader, vae.domains, style, answers, max_tokens)
+    domains = {traces[number]["domain"] for number in examples}
+    if len(domains) < len(vae.domains):
         return None
 
     table = unshard(model.get_input_embeddings().weight.detach())

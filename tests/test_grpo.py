@@ -1664,7 +1664,8 @@ def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monke
 
     started = {}
 
-    def start_run(plan, run, task, rewards, start, config):
+    def start_run(plan, run, task, rewards, start, config, traces):
+        assert traces == []  # noise has no control to speak of
         started[run.folder.name] = (start, plan.schedule, plan.seed)
 
     reported = []
