@@ -17,6 +17,7 @@ Run it:
 import argparse
 import ast
 import base64
+import dataclasses
 import importlib.util
 import io
 import json
@@ -27,12 +28,15 @@ import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
+
+import mpmath
 
 # --------------------------------------------------------------------------------------------------
 # 1. Worlds and tasks
@@ -476,20 +480,37 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 
 # --------------------------------------------------------------------------------------------------
 # 3. The verifier
-# An answer is never run as code and never rounded. It is spelled as a Python expression, Python's
-# own parser makes a tree of that, and evaluate() walks the tree. Numbers are computed modulo a
-# fixed 280-bit prime, where + - * / and powers keep their laws and nothing grows. Equal numbers
-# have equal residues. Unequal ones differ: fractions of up to 40 digits for certain, all others but
-# for odds below 1e-60 (Schwartz 1980). What does not parse, or is too large, is *undecided*.
+# An answer is never run as code and never rounded. It is read in three steps. RULES, a table of
+# patterns, remove decoration and ambiguity. Reader spells the rest as a Python expression, because
+# TeX is none (\frac12, \sin^2 2x, |x|), and Python's own parser makes a tree of that. evaluate()
+# walks the tree. Numbers are computed modulo a fixed 280-bit prime, where + - * / and powers keep
+# their laws and nothing grows. Equal numbers have equal residues. Unequal ones differ: fractions of
+# up to 40 digits for certain, all others but for odds below 1e-60 (Schwartz 1980).
 #
-# The rules. 0.33 != 1/3. A percent is its value: 50% = 0.5, 50% != 50. A unit or a currency counts
-# only where both answers have one: 5 = 5 cm, 5 cm != 5 m. `x = v` and `x in v` equal a bare v; two
-# names must agree. A bare list equals a set, in any order; a tuple is ordered, its brackets count,
-# it equals no list. 1,234 is a number, (1,234) a pair. 52_8 equals neither 52 nor 42: the base was
-# asked for. Words are compared without case.
+# Of functions the residue knows little: sin x is a random number. Where residues differ and there
+# are functions, roots or powers with letters, both sides are computed to 300 digits, at several
+# random points if they have letters: they are equal if they agree at each to 200 digits, and all
+# numbers on the way have fewer than 60 (so that nothing can be too small to be seen).
+#
+# What does not parse, is too large or has two readings is *undecided*, and never equal. A reader
+# who wants the method only can go on with part 4.
+#
+# The rules of equality:
+# - The same text, but for decoration, is the same answer, whatever it means.
+# - Nothing is rounded: 0.33 != 1/3. A percent is its value: 50% = 0.5, 50% != 50 (see `percent`).
+# - A unit or a currency counts only where both answers have one: 5 = 5 cm, 5 cm != 5 m. Units are
+#   those of UNITS, and plural nouns right after a number: 5 apples. Any other letter is a variable.
+# - A name is what a value is said to be: x = v, x = y = v, f(x) = v and x in v equal a bare v. Two
+#   names must agree. Several names with values equal a list of them, in alphabetical order.
+# - A bare list equals a set, in any order; a tuple is ordered, its brackets count, it equals no
+#   list. 1,234 is a number, (1,234) a pair, 1,23 a list. x > 3 is the interval (3, infinity).
+# - Equations and inequalities are equal if one is a rational (and positive) multiple of the other.
+# - f(2) is a value of f, and no product; so is P(x); n(n+1) is a product. 52_8 is not 52, nor 42.
+# - (C) 12 equals C, and it equals 12. Words are compared without case.
 
 # Beyond any of these, or where reading it ends in an error, an answer is undecided.
 MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT, MAX_FACTORIAL = 500, 60, 10_000, 2100
+MAX_FUNCTIONS = 40  # to be computed to many digits
 
 
 def require(condition, why):
@@ -514,26 +535,35 @@ class Number:
 
     real: int
     imaginary: int = 0
+    tree: object = dataclasses.field(default=None, compare=False)  # how it came about, for digits()
     kind = "number"
 
     def __add__(self, other):
-        return Number((self.real + other.real) % PRIME, (self.imaginary + other.imaginary) % PRIME)
+        real = (self.real + other.real) % PRIME
+        imaginary = (self.imaginary + other.imaginary) % PRIME
+        return Number(real, imaginary, ("+", self.tree, other.tree))
 
     def __sub__(self, other):
-        return Number((self.real - other.real) % PRIME, (self.imaginary - other.imaginary) % PRIME)
+        real = (self.real - other.real) % PRIME
+        imaginary = (self.imaginary - other.imaginary) % PRIME
+        return Number(real, imaginary, ("-", self.tree, other.tree))
 
     def __mul__(self, other):
         real = self.real * other.real - self.imaginary * other.imaginary
         imaginary = self.real * other.imaginary + self.imaginary * other.real
-        return Number(real % PRIME, imaginary % PRIME)
+        return Number(real % PRIME, imaginary % PRIME, ("*", self.tree, other.tree))
 
     def __truediv__(self, other):
         norm = other.real**2 + other.imaginary**2
         factor = pow(norm, -1, PRIME)  # a ValueError if other = 0
-        return self * Number(other.real * factor % PRIME, -other.imaginary * factor % PRIME)
+        inverse = Number(other.real * factor % PRIME, -other.imaginary * factor % PRIME)
+        quotient = self * inverse
+        return Number(quotient.real, quotient.imaginary, ("/", self.tree, other.tree))
 
     def fraction(self):
         """The fraction n/d, both below 2^64, with this residue, or None. There is at most one."""
+        if isinstance(self.tree, Fraction):
+            return self.tree
         before, remainder = PRIME, self.real  # Euclid finds it: all the way
         factor_before, factor = 0, 1  # remainder = factor * self.real modulo PRIME
         while remainder >= 1 << 64:
@@ -547,42 +577,61 @@ class Number:
 
 @dataclass(frozen=True)
 class Shape:
-    """Any other value: a tuple, a set, an interval, an equation, infinity, words: no arithmetic."""
+    """Any other value: a tuple, a set, an interval, an equation, infinity, words, a matrix."""
 
     kind: str  # of kind "is" are values that something is said to be: x = 5, with its name
     items: object
     name: str = ""
+    bound: object = dataclasses.field(default=None, compare=False)  # f(x) = v: v with # for x
 
 
 def number(fraction):
     """The Number of a whole number or a Fraction."""
-    return Number(fraction.numerator * pow(fraction.denominator, -1, PRIME) % PRIME)
+    if not isinstance(fraction, Fraction):
+        fraction = Fraction(fraction)
+    residue = fraction.numerator
+    if fraction.denominator > 1:
+        residue *= pow(fraction.denominator, -1, PRIME)
+    return Number(residue % PRIME, 0, fraction)
 
 
-ZERO, ONE, MINUS, IMAGINARY = Number(0), Number(1), Number(PRIME - 1), Number(0, 1)
+ZERO, ONE, MINUS, IMAGINARY = number(0), number(1), number(-1), Number(0, 1, ("i",))
 HALF, HUNDREDTH = number(Fraction(1, 2)), number(Fraction(1, 100))
 INFINITY, MINUS_INFINITY = Shape("infinity", "infty_"), Shape("infinity", "minfty_")
+REALS = Shape("()", (MINUS_INFINITY, INFINITY))
 
 
 @lru_cache(maxsize=4096)
-def symbol(*name):
-    """The random number that a letter, a unit or a function we cannot expand stands for."""
-    return Number(random.Random(str(name)).randrange(PRIME))
+def random_residue(*name):
+    return random.Random(str(name)).randrange(PRIME)
+
+
+def symbol(name):
+    """The random number that a letter or a unit stands for."""
+    return Number(random_residue(name), 0, ("symbol", name))
+
+
+def unknown(operation, *arguments):
+    """The random number that a power or a function stands for where the residue cannot know it."""
+    residues = [(argument.real, argument.imaginary) for argument in arguments]
+    trees = [argument.tree for argument in arguments]
+    return Number(random_residue(operation, *residues), 0, (operation, *trees))
 
 
 def power(base, exponent):
-    """base ** exponent: exact for a whole exponent or a rational base, otherwise a symbol."""
-    fraction = exponent.fraction()
-    if fraction is None or (fraction.denominator > 1 and base.fraction() is None):
-        return symbol(base, "to the", exponent)
-    n = fraction.numerator
-    require(abs(fraction) <= MAX_EXPONENT and (base != ZERO or n > 0), "a huge power or 0 / 0")
-    if fraction.denominator > 1:
-        base = root(base, fraction.denominator)
-    if base.imaginary == 0:
-        return Number(pow(base.real, n, PRIME))
-    require(abs(n) <= 100, "a huge complex power")
-    return math.prod([base if n > 0 else ONE / base] * abs(n), start=ONE)
+    """base ** exponent: exact for a whole exponent or a rational base, otherwise unknown."""
+    n = exponent.fraction()
+    if n is None or (n.denominator > 1 and base.fraction() is None):
+        return unknown("^", base, exponent)
+    require(abs(n) <= MAX_EXPONENT and (base != ZERO or n > 0), "a huge power or 0 / 0")
+    result = root(base, n.denominator) if n.denominator > 1 else base
+    if result.imaginary == 0:
+        result = Number(pow(result.real, n.numerator, PRIME))
+    else:
+        require(abs(n) <= 100, "a huge complex power")
+        factor = result if n > 0 else ONE / result
+        result = math.prod([factor] * abs(n.numerator), start=ONE)
+    return Number(result.real, result.imaginary, ("^", base.tree, exponent.tree))
 
 
 def root(x, degree):
@@ -593,33 +642,190 @@ def root(x, degree):
     if not is_positive:
         sign, radicand = IMAGINARY if degree == 2 else MINUS, -x.real % PRIME
 
-    exponent = pow(degree, -1, PRIME // 2)
-    residue = pow(radicand, exponent, PRIME)
+    residue = root_residue(radicand, degree)
     if pow(residue, degree, PRIME) != radicand:
         # A prime factor above 200 may make the radicand no square; then minus it is one.
-        residue = pow(-radicand, exponent, PRIME)
-        sign = sign * symbol("root of -1", degree)
+        residue = root_residue(-radicand, degree)
+        sign = sign * symbol(f"root {degree} of -1")
     return sign * Number(residue)
 
 
-def call_function(name, x):
-    """A function of x where we can expand it, else the symbol that name and argument stand for."""
+@lru_cache(maxsize=4096)
+def root_residue(radicand, degree):
+    return pow(radicand, pow(degree, -1, PRIME // 2), PRIME)
+
+
+@lru_cache(maxsize=256)
+def factorial_residue(n):
+    return math.factorial(n) % PRIME
+
+
+def call_function(name, arguments):
+    """A function of numbers where we can expand it, else the random number of its value."""
+    x, *others = arguments
+    fraction = x.fraction()
+    is_whole = fraction is not None and fraction.denominator == 1
     if name == "exp":
         return power(symbol("e_"), x)
     if name == "sqrt":
         return power(x, HALF)
-    if name == "percent_":
-        return x * HUNDREDTH
-    fraction = x.fraction()
+    if name == "root":
+        return power(x, ONE / others[0])
+    if name == "log" and others:  # to a base
+        return call_function("ln", [x]) / call_function("ln", others)
     if name == "abs" and fraction is not None:
         return number(abs(fraction))
-    is_whole = fraction is not None and fraction.denominator == 1
-    if name == "factorial_" and is_whole and 0 <= fraction <= MAX_FACTORIAL:
-        return Number(math.factorial(fraction.numerator) % PRIME)
-    return symbol(name, x)
+    if name in ("floor", "ceil") and fraction is not None:
+        return number(math.floor(fraction) if name == "floor" else math.ceil(fraction))
+    if name == "factorial" and is_whole and 0 <= fraction <= MAX_FACTORIAL:
+        return Number(factorial_residue(fraction.numerator), 0, ("factorial", fraction))
+    if name == "binom":
+        chosen = others[0].fraction()
+        if is_whole and chosen is not None and 0 <= chosen <= fraction <= MAX_FACTORIAL:
+            return number(math.comb(fraction.numerator, chosen.numerator))
+    require(len(others) == (name == "binom"), "a function of several values")
+    return unknown(name, *arguments)
 
 
-# ---- Spelling: RULES remove decoration and ambiguity, translate() writes Python ----
+# ---- Digits: what residues cannot tell ----
+
+DIGITS = mpmath.MPContext()
+DIGITS.dps = 300
+CLOSE, LARGEST = DIGITS.mpf(10) ** -200, DIGITS.mpf(10) ** 60
+SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1), (1, 1))  # of letters, in turn
+TRIGONOMETRIC = {"sin", "cos", "tan", "sinh", "cosh", "tanh"}
+RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin"}
+INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+
+
+def is_rational(tree):
+    """Whether a tree has only + - * / and whole powers: its residue tells all."""
+    if not isinstance(tree, tuple) or tree[0] in ("symbol", "i"):
+        return True
+    operation, *operands = tree
+    if operation == "^":
+        return is_whole_number(operands[1]) and is_rational(operands[0])
+    return operation in "+-*/" and all(map(is_rational, operands))
+
+
+def is_whole_number(tree):
+    """Whether a tree is a whole number, or minus one."""
+    if isinstance(tree, tuple) and tree[0] == "*" and tree[1] == -1:
+        tree = tree[2]
+    return isinstance(tree, Fraction) and tree.denominator == 1
+
+
+def leaves(tree, operation):
+    """The operands of all nodes of one operation in a tree, each a tuple."""
+    if not isinstance(tree, tuple):
+        return set()
+    found = {tree[1:]} if tree[0] == operation else set()
+    if tree[0] != "symbol":
+        for operand in tree[1:]:
+            found |= leaves(operand, operation)
+    return found
+
+
+def count_functions(tree):
+    """How many nodes of a tree take long to compute."""
+    if not isinstance(tree, tuple) or tree[0] in ("symbol", "i"):
+        return 0
+    return (tree[0] not in "+-*/") + sum(map(count_functions, tree[1:]))
+
+
+def same_digits(a, b):
+    """Whether two trees have the same value: True, False, or None if that is not certain."""
+    require(count_functions(a) + count_functions(b) <= MAX_FUNCTIONS, "long computations")
+    letters = {name for (name,) in leaves(a, "symbol") | leaves(b, "symbol")}
+    letters -= {"pi_", "e_"}
+    is_constant = not letters and not leaves(a, "?") and not leaves(b, "?")
+    agreed = 0
+    for point, signs in enumerate(SIGNS_OF_POINTS):
+        values = {"pi_": DIGITS.pi(), "e_": DIGITS.e()}
+        for index, name in enumerate(sorted(letters)):
+            share = DIGITS.mpf(random_residue(name, point)) / PRIME
+            values[name] = signs[index % 2] * (share + point) / 2  # in (0, 1/2), ... (2, 5/2)
+        try:
+            left, right = digits(a, values), digits(b, values)
+        except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+            continue  # not defined there, or too large
+        is_close = abs(left - right) <= CLOSE * max(1, abs(left), abs(right))
+        if is_constant:
+            return is_close
+        if not is_close:
+            return None  # maybe equal where they are asked for: n whole, x positive
+        agreed += 1
+    return True if agreed >= 3 else None
+
+
+def digits(tree, values):
+    """The value of a tree to 300 digits, complex where it must be. ValueError if it is large."""
+    if isinstance(tree, Fraction):
+        value = DIGITS.mpf(tree.numerator) / tree.denominator
+    elif tree[0] == "symbol":
+        value = values[tree[1]]
+    elif tree[0] == "i":
+        value = DIGITS.mpc(0, 1)
+    elif tree[0] == "?":  # of an unknown function: the same where its arguments are the same
+        arguments = [DIGITS.nstr(digits(argument, values), 50) for argument in tree[2:]]
+        value = DIGITS.mpf(random_residue(tree[1], *arguments)) / PRIME
+    else:
+        operands = [digits(operand, values) for operand in tree[1:]]
+        value = digits_of(tree[0], *operands)
+    size = abs(value)
+    require(size == 0 or 1 / LARGEST < size < LARGEST, "a number too large or too small")
+    return value
+
+
+def digits_of(operation, x, *others):  # noqa: C901  one case for each operation
+    """The value of an operation or a function of numbers with many digits."""
+    match operation:
+        case "+":
+            return x + others[0]
+        case "-":
+            return x - others[0]
+        case "*":
+            return x * others[0]
+        case "/":
+            return x / others[0]
+        case "^":
+            return digits_power(x, others[0])
+        case "abs":
+            return abs(x)
+        case "ln":
+            return DIGITS.ln(x)
+        case "log":  # base 10 or e: unknown
+            return DIGITS.ln(x) * DIGITS.mpf(random_residue("log")) / PRIME
+        case "factorial":
+            return DIGITS.gamma(x + 1)
+        case "binom":
+            k = others[0]
+            return DIGITS.gamma(x + 1) / DIGITS.gamma(k + 1) / DIGITS.gamma(x - k + 1)
+    if operation in TRIGONOMETRIC:
+        return getattr(DIGITS, operation)(x)
+    if operation in RECIPROCALS:
+        return 1 / getattr(DIGITS, RECIPROCALS[operation])(x)
+    require(operation in INVERSES, "a function without digits")
+    return getattr(DIGITS, INVERSES[operation])(x)
+
+
+def digits_power(base, exponent):
+    """base ** exponent; odd roots of negative numbers are real, as in root()."""
+    if base.imag == 0 and base.real < 0 and exponent.imag == 0:
+        for degree in (3, 5, 7, 9):
+            numerator = DIGITS.nint(exponent.real * degree)
+            if numerator % degree and abs(exponent * degree - numerator) < CLOSE:
+                sign = -1 if numerator % 2 else 1
+                return sign * (-base.real) ** exponent.real
+    return base**exponent
+
+
+# ---- Rules: they remove decoration and ambiguity ----
+
+
+def words(text):
+    """["a", "b"] of the text "a b"."""
+    return text.split()
 
 
 def pairs(text):
@@ -627,37 +833,54 @@ def pairs(text):
     return dict(pair.split("@") for pair in text.split())
 
 
-FUNCTIONS = "sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp"
-GREEK = "pi|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|sigma|tau|phi|omega"
-SHAPES = {"matrix", "leftopen", "rightopen"}
-CALLED = {*FUNCTIONS.split("|"), *SHAPES, "frac", "sqrt", "abs"}
-NAMES = {*GREEK.split("|"), "infty", "minfty"}
-SCALES = {"percent": Fraction(1, 100), "dozen": 12, "hundred": 100, "thousand": 1000}
-SCALES |= {"million": 10**6, "billion": 10**9}
-UNITS = pairs(
-    "cm@centimeter km@kilometer mm@millimeter m@meter in@inch inche@inch ft@foot feet@foot yd@yard "
-    "mi@mile mph@mph g@gram kg@kilogram mg@milligram lb@pound oz@ounce mL@milliliter L@liter "
-    "s@second sec@second min@minute h@hour hr@hour day@day deg@degree cup@cup men@men N@newton "
-    "J@joule W@watt V@volt usd@dollar"
-)
-COMPUTING = (  # words after a number that are no units
-    r"half|halve|third|quarter|squared|cubed|factorial|plus|minus|times|over|modulo|less|more|choose|"
-    r"below|under|negative|inverse|percentage|divided|root|trillion|(?!month$)\w*th"
+FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|exp"
+FUNCTION_NAMES = set(FUNCTIONS.split("|"))
+NAMES = words(
+    "pi alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi "
+    "rho sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega "
+    "ell hbar infty"
 )
 COMMANDS = pairs(
-    r"dfrac@\frac tfrac@\frac cfrac@\frac cdot@* times@* div@/ le@<= leq@<= ge@>= geq@>= ne@!= "
-    r"neq@!= lt@< gt@> vert@| lvert@| rvert@| lbrace@\{ rbrace@\} approx@= degree@^\circ "
-    "left@ right@ big@ Big@ bigl@ bigr@ displaystyle@ boxed@ mathbf@ mathbb@ quad@"
+    r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
+    r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
+    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] approx@= degree@^\circ prime@' colon@: "
+    r"varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
+    r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
+    "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
+    "textstyle@ boxed@ fbox@ mathbf@ boldsymbol@ mathit@ quad@ qquad@ limits@ middle@ "
+    "operatorname@ enspace@ thinspace@"
 )
 SIGNS = pairs(
-    r"−@- –@- ×@* ·@* ÷@/ ≤@<= ≥@>= ≠@!= ²@^2 ³@^3 ½@\frac12 π@\pi ∞@\infty √@\sqrt °@^\circ "
-    r"∪@\cup ±@\pm ∈@\in"
+    r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ²@^2 ³@^3 ½@\frac12 "
+    r"⅓@\frac13 ¼@\frac14 π@\pi θ@\theta ∞@\infty √@\sqrt °@^\circ ∪@\cup ∩@\cap ±@\pm ∈@\in "
+    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@= ∧@\and ∨@\or ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
 )
-PYTHON = pairs(r"{@( }@) \{@{ \}@} ^@** =@== ;@, \cup@|")  # other signs are Python's, too
-PYTHON |= {"!": "** factorial_", "%": "** percent_", r"\in": " in "}
-PYTHON |= {f"\\{name}": name for name in CALLED} | {f"\\{name}": f"{name}_" for name in NAMES}
+UNITS = pairs(
+    "cm@centimeter km@kilometer mm@millimeter m@meter in@inch ft@foot feet@foot yd@yard mi@mile "
+    "mph@mph g@gram kg@kilogram mg@milligram lb@pound oz@ounce mL@milliliter ml@milliliter "
+    "L@liter s@second sec@second min@minute h@hour hr@hour deg@degree N@newton J@joule W@watt "
+    "V@volt A@ampere K@kelvin Hz@hertz Pa@pascal kN@kilonewton kJ@kilojoule kW@kilowatt "
+    "kPa@kilopascal mol@mole usd@dollar inche@inch metre@meter litre@liter kilometre@kilometer "
+    "centimetre@centimeter degreeC@celsius degreeF@fahrenheit"
+)
+UNIT_NAMES = set(UNITS.values()) | set(
+    words(
+        "day week month year unit dollar cent euro yen rupee cup gallon acre hectare square way "
+        "people person men women children percent radian time pint quart item point"
+    )
+)
+KNOWN_UNITS = UNITS.keys() | UNIT_NAMES
+SHORT_UNITS = words("m s g L h N J W V A K")  # only right after a number: 5 m, but not 5m
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+COUNTED = (  # plurals that are numbers themselves: 3 tens, 5 halves, 2 sevenths, 4 pairs
+    r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|elevens|twelves|twenties|"
+    r"\w*teens|\w*ties|dozens|scores|hundreds|thousands|\w*illions|halves|thirds|quarters|"
+    r"(?!month)\w*ths|pairs|couples|doubles|triples|twins|tuples|powers|roots|cubes|times|plus|minus|"
+    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages"
+)
+SPELLED = words("zero one two three four five six seven eight nine ten eleven twelve")
 BRACED = r"[^{}]*"
-for _ in range(5):  # what braces hold, with up to five more pairs inside
+for _ in range(3):  # what braces hold, with up to three more pairs inside
     BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
 
 
@@ -670,22 +893,22 @@ def plain_command(match):
 
 
 def matrix_call(match):
-    rows = match[1].replace("&", ",").replace(r"\\", ",),(")
+    rows = match[2].replace("&", ",").replace(r"\\", ",),(")
     return rf"\matrix(({rows},))"
 
 
-def without_commas(match):
-    return match[0].replace(",", "")
+def without_separators(match):
+    return re.sub("[, ]", "", match[0])
 
 
 def quoted_words(match):
-    return re.sub("[A-Za-z]{2,}", r' "\g<0>" ', f" {match[1]} ")
+    return re.sub("[A-Za-z]+", r' "\g<0>" ', f" {match[1]} ")
 
 
 def mixed_number(match):
     whole, numerator, denominator = match.groups()
     is_proper = int(numerator) < int(denominator)  # 1 5/4 may be a product: undecided
-    return f"{{{whole}+{numerator}/{denominator}}}" if is_proper else "?"
+    return f"{{{whole}+{numerator}/{denominator}}}" if is_proper else f"?{match[0]}"
 
 
 def repeating_decimal(match):
@@ -693,128 +916,461 @@ def repeating_decimal(match):
     return f"{{{whole}.{digits}0+{repeated}/{'9' * len(repeated)}{'0' * len(digits)}}}"
 
 
-def function_power(match):
-    name, exponent, *arguments = match.groups()
-    argument = arguments[0] or arguments[1] or arguments[2]
-    return rf"(\{name}{{{argument}}})^{exponent or 1}"
+def mixed_fraction(match):
+    whole, *digits = match.groups()
+    numerator, denominator = [digit for digit in digits if digit]
+    is_proper = int(numerator) < int(denominator)
+    return f"{{{whole}+{numerator}/{denominator}}}" if is_proper else f"?{match[0]}"
 
 
-RULES = []  # (pattern, replacement), applied in this order: many rely on those before them
+def stacked(match):
+    name = "binom" if "choose" in match[0] else "frac"
+    return rf"\{name}{{{match[1]}}}{{{match[2]}}}"
 
 
-def rule(pattern, replacement):
-    """Add a rewriting rule. replacement: text with \\1 for a group, or a function of the match."""
-    RULES.append((re.compile(pattern), replacement))
+def spelled_number(match):
+    return str(SPELLED.index(match[0].lower()))
 
 
-# Behind (or above) each rule: an example, before -> after.
-rule(r"[^\x00-\x7f]", ascii_sign)  # 3×4 -> 3 * 4
-rule(r"\\([A-Za-z]+)\*?", plain_command)  # \dfrac{1}{2} -> \frac{1}{2}
-# \begin{pmatrix}1&2\\3&4\end{pmatrix} -> \matrix((1,2,),(3,4,))
-rule(r"\\begin ?\{[pb]matrix\}(.*?)(?:\\\\ ?)?\\end ?\{[pb]matrix\}", matrix_call)
-rule(r"(?<=\d)(?:,\\!|\{,\}|\\,) ?(?=\d{3})", "")  # 1{,}234 -> 1234
-rule(r"(?<!\\)\\[,;:!> ]|~", " ")  # 3\,x -> 3 x
-rule(r"^\\[(\[]|\\[)\]]$|^\*\*|\*\*$|`", " ")  # \(5\) -> 5
-rule(r"\*\*", "^")  # 2**3 -> 2^3
-rule(r"\\%", "%")  # 50\% -> 50%
-# 1,234 -> 1234 (not in brackets, where commas separate)
-rule(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))", without_commas)
-rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(\d[\d.]*)", r'\1 "dollar" ')  # \$5 -> 5 "dollar"
-rule(r"(?<!\\)\$", " ")  # $5$ -> 5
-rule(r"^=|(?<!\.)\.$", "")  # =5. -> 5
-rule(r"^([A-Za-z])\(([A-Za-z])\)(?= ?=)", r"\1_\2")  # f(x) = 2 -> f_x = 2
-rule(r"\\(?:text(?:bf|it|rm)?|mbox|mathrm) ?\{([^{}]*)\}", quoted_words)  # \text{cm} -> "cm"
-rule(r"\\frac ?(\d)", r"\\frac{\1}")  # \frac12 -> \frac{1}2
-rule(rf"(\\frac ?\{{{BRACED}\}}) ?(\d)", r"\1{\2}")  # \frac{1}2 -> \frac{1}{2}
-# 1\frac{4}{5} -> 1 4/5
-rule(r"(?<![\d.^_A-Za-z])(\d+) ?\\frac ?\{(\d+)\} ?\{(\d+)\}", r"\1 \2/\3")
-rule(r"(?<![\d.^_A-Za-z])(\d+) (\d+)/(\d+)", mixed_number)  # 1 4/5 -> {1+4/5}
-rule(r"(\d*)\.(\d*)\\overline ?\{(\d+)\}", repeating_decimal)  # 0.1\overline{6} -> {0.10+6/90}
-rule(r"\binf(?:inity)?\b", r"\\infty ")  # (0,inf) -> (0,\infty )
-rule(r"- ?\\infty", r"\\minfty ")  # -\infty -> \minfty
-rule(r"\^ ?\{? ?\\circ ?\}? ?([CF]\b)?", r' "degree\1" ')  # 30^\circ -> 30 "degree"
-rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*")  # 2 x 10^3 -> 2*10^3
-rule(r"\|([^|]*)\|", r"\\abs(\1)")  # |x| -> \abs(x)
-rule(r'"?\bper\b"?', "/")  # 5 m per s -> 5 m / s
-UNIT = "|".join(UNITS)
-END = r"(?=( ?\^ ?\{?\d\}?)?$)"  # and after a space: 5m is 5 times m
-rule(rf"(?<=[\d}})] )({UNIT}) ?/ ?({UNIT}){END}", r'"\1"/"\2"')  # 5 m / s -> 5 "m"/"s"
-rule(rf"(?<=[\d}})] )({UNIT}){END}", r'"\1"')  # 5 m -> 5 "m"
-rule(r'"?\b(?:square|sq)\b"? ?("?[a-z]+"?)', r"\1^2")  # 5 square cm -> 5 cm^2
-rule(r'"?\bcubic\b"? ?("?[a-z]+"?)', r"\1^3")  # 5 cubic cm -> 5 cm^3
-rule(r',? ?(?<![\\A-Za-z])"?(?:and|or)"?(?![A-Za-z]) ?', ",")  # 1, 2, and 3 -> 1, 2,3
-rule(rf"(?<![\\A-Za-z])({FUNCTIONS}|pi|sqrt)(?![A-Za-z])", r"\\\1 ")  # 2sin(x) -> 2\sin (x)
-rule(r"\\sqrt ?(\d+|[a-z])", r"\\sqrt{\1}")  # \sqrt2 -> \sqrt{2}
-rule(rf"\\sqrt ?\[(\w+)\] ?(\{{{BRACED}\}}|\w)", r"(\2)^{1/\1}")  # \sqrt[3]{x} -> ({x})^{1/3}
-ARGUMENT = rf"\(([^()]*)\)|\{{([^{{}}]*)\}}|((?:[\w.^ ]|\\(?:{GREEK})\b)+)"
-# \sin^2 3x -> (\sin{3x})^2
-rule(rf"\\({FUNCTIONS}) ?(?:\^ ?\{{?(\d+)\}}?)? ?(?:{ARGUMENT})", function_power)
-rule(r"\(([^()\[\]]*)\]", r"\\leftopen{\1}")  # (1,2] -> \leftopen{1,2}
-rule(r"\[([^()\[\]]*)\)", r"\\rightopen{\1}")  # [1,2) -> \rightopen{1,2}
-rule(r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}")  # {1,2} -> \{1,2\}
-rule(r"^\(? ?([A-Z]) ?[).:]?$", r"\1")  # (C) -> C
+RULES = []  # (pattern, replacement, before, after), applied in this order: many rely on others
+
+
+def rule(pattern, replacement, before, after):
+    """Add a rewriting rule. replacement: text with \\1 for a group, or a function of the match.
+
+    before, after: an example of what it does, which a test checks.
+    """
+    RULES.append((re.compile(pattern), replacement, before, after))
+
+
+WORD = r'"?(?<![\\A-Za-z])(?:{})(?![A-Za-z])"?'  # quoted or not
+TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|mathrm) ?\{([^{}]*)\}"
+FRACTION = r"\\frac ?(?:\{(\d+)\} ?\{(\d+)\}|(\d)(\d)(?!\d))"
+REPEATING = r"(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}"
+DEGREE = r'\^ ?\{? ?\\circ ?\}?(?: ?"?([CF])"?(?![A-Za-z]))?'
+MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
+THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
+# fmt: off
+rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
+rule(r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
+rule(r"\\([A-Za-z]+)\*?", plain_command, r"\dfrac{1}{2}", r"\frac{1}{2}")
+rule(r"\{(array)\} ?\{[lcr| ]*\}", r"{\1}", r"\begin{array}{cc}", r"\begin{array}")
+rule(MATRIX, matrix_call, r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\matrix((1,2,),(3,4,))")
+rule(r"(?<=\d)(?:,\\!|\{ ?, ?\}|\\[, ]) ?(?=\d{3}(?!\d))", "", "1{,}234", "1234")
+rule(r"(?<!\\)\\[,;:!> ]|~", " ", r"3\,x", "3 x")
+rule(r"\\[()]|^\\\[|\\\]$|^\*\*|\*\*$|`", " ", r"\(5\)", "5")
+rule(r"\*\*", "^", "2**3", "2^3")
+rule(r"\\%", "%", r"50\%", "50%")
+rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?$", without_separators, "1 234 567", "1234567")
+# not in brackets, where commas separate
+rule(THOUSANDS, without_separators, "1,234", "1234")
+rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(\d[\d.]*)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
+rule(r"^([€£]) ?(\d[\d.]*)", r"\2 \1", "€5", "5 €")
+rule("€", ' "euro" ', "5 €", '5 "euro"')
+rule("£", ' "pound" ', "5 £", '5 "pound"')
+rule(r"\\\$", ' "dollar" ', r"5\$", '5 "dollar"')
+rule(r"\$", " ", "$5$", "5")
+rule(r"^=|(?<!\.)[.,]$", "", "=5.", "5")
+rule(TEXT, quoted_words, r"5 \text{ cm}", '5 "cm"')
+rule(r"\\mathbb ?(?:\{ ?R ?\}|R)", r"\\reals ", r"\mathbb{R}", r"\reals")
+rule(r"\{([^{}]*)\\(?:over|choose)(?![a-z])([^{}]*)\}", stacked, r"{1 \over 2}", r"\frac{1 }{ 2}")
+rule(rf"(?<![\d.^_A-Za-z])(\d+) ?{FRACTION}", mixed_fraction, r"1\frac{4}{5}", "{1+4/5}")
+rule(r"(?<![\d.^_A-Za-z/])(\d+) (\d+)/(\d+)", mixed_number, "1 4/5", "{1+4/5}")
+rule(REPEATING, repeating_decimal, r"0.1\overline{6}", "{0.10+6/90}")
+rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
+rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
+rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*", "2 x 10^3", "2*10^3")
+rule(rf"(?<=[\d $}}]){WORD.format('percent|pct')}", "%", "50 percent", "50 %")
+rule(WORD.format("per"), "/", "5 m per s", "5 m / s")
+rule(WORD.format("square|sq") + ' ("?[a-z]+"?)', r"\1^2", "5 square cm", "5 cm^2")
+rule(WORD.format("cubic") + ' ("?[a-z]+"?)', r"\1^3", "5 cubic cm", "5 cm^3")
+rule(f", ?{WORD.format('and|or')}|;", ",", "1, 2, and 3", "1, 2, 3")
+rule(f"{WORD.format('and')}|&", r"\\and ", '2 "and" 3', r"2 \and 3")
+rule(WORD.format("or"), r"\\or ", "2 or 3", r"2 \or 3")
+rule(WORD.format(f"({FUNCTIONS}|pi|sqrt)"), r"\\\1 ", "2sin(x)", r"2\sin (x)")
+rule(r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}", r"\1\2 ", "x_{1}", "x_1")
+rule(r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}", "{1,2}", r"\{1,2\}")
+rule(rf'^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
+rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
+# fmt: on
 
 
 def tidy(answer):
     """An answer with all rules applied. Single spaces: no pattern can be made to backtrack long."""
     text = " ".join(answer.split())
-    for pattern, replacement in RULES:
+    for pattern, replacement, _, _ in RULES:
         if pattern.search(text):
             text = " ".join(pattern.sub(replacement, text).split())
     return text
 
 
+# ---- Reader: it spells a tidy answer as a Python expression ----
+
 TOKEN = re.compile(
-    r"(?P<name>[A-Za-z]_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\})|[0-9]+_(?:[0-9]+|\{[0-9]+\}))|"
-    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?!\d))?)|"
-    r'(?P<word>"[A-Za-z]+"|[A-Za-z]+)|'
-    r"(?P<sign>\\(?:[A-Za-z]+|[{}])|<=|>=|!=|[-+*/^=<>,;!%()\[\]{}])|(?P<other>\S)"
+    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?)|"
+    r'(?P<word>"[A-Za-z]+")|(?P<letters>[A-Za-z]+)|(?P<command>\\(?:[A-Za-z]+|[{}|]))|'
+    r"(?P<sign><=|>=|!=|[-+*/^_=<>,!%()\[\]{}|':])|(?P<other>\S)"
 )
+END = ""  # the token after the last
+BINARY = pairs(
+    r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ \mp@-"
+)
+BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
+BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
+WORDS_OF_PYTHON = {"in", "and", "or"}
+APPLIED = set("fghFGHPQRTC") | {"phi", "varphi", "psi", "sigma", "tau", "Gamma", "zeta", "mu"}
+NEVER_APPLIED = {"pi", "e", "i"}
+DECORATED = words("overline vec bar hat widehat tilde dot angle triangle underline overrightarrow")
 
 
-def translate(text):
-    """Python source for a tidy answer: 2x becomes 2 * x_, and 5 "cm" becomes 5 * _centimeter_."""
-    words = []
+@dataclass
+class Token:
+    text: str
+    kind: str  # number, word (it was quoted), letters, command, sign
+    is_spaced: bool  # whether a space stands before it
+
+
+def split_tokens(text):
+    """The tokens of a tidy answer. Short runs of letters that are no units are split: xy is x y."""
+    tokens = []
+    end = 0
     for match in TOKEN.finditer(text):
-        token, kind = match[0], match.lastgroup
-        is_after_factor = bool(words) and words[-1][-1] in "0123456789)]}_"
-        if kind == "number":
-            spelling = [str(number(Fraction(token)).real)]  # its residue: 0.5 is a long integer
-        elif kind == "name":
-            spelling = ["v" + re.sub(r"\W", "", token) + "_"]
-        elif kind == "word":
-            is_after_unit = words[-1:] == ["/"] and words[-2][0] == "_"
-            spelling = spell_word(token, is_after_factor or is_after_unit)
+        word, kind = match[0], match.lastgroup
+        require(kind != "other", "a sign that no answer has")
+        is_spaced = match.start() > end
+        end = match.end()
+        is_run = kind == "letters" and word not in KNOWN_UNITS and len(word) > 1
+        if is_run and (len(word) <= 3 or not re.search("[aeiou]", word)) and not word.isupper():
+            tokens.append(Token(word[0], kind, is_spaced))
+            tokens += [Token(letter, kind, False) for letter in word[1:]]
         else:
-            is_sign = kind == "sign" and (token in PYTHON or token[0] != "\\")
-            require(is_sign, "a sign or a command that no answer has")
-            spelling = [PYTHON.get(token, token)]
-
-        # Factors side by side are a product; but 4 2 is none, and \frac{1}{2} is a call.
-        first = spelling[0][0]
-        if is_after_factor and token != "{" and (first in "([{_" or first.isalpha()):
-            words.append("*")
-        words += spelling
-    require(sum(map(words.count, "([{")) <= MAX_BRACKETS, "too many brackets")
-    return " ".join(words)
+            tokens.append(Token(word.strip('"'), kind, is_spaced))
+    return tokens
 
 
-def spell_word(token, is_unit):
-    """A run of letters: a word or unit if it is long or quoted, otherwise a product of letters."""
-    word = token.strip('"')
-    is_short_name = len(word) > 1 and (word in UNITS or word.isupper())
-    if len(word) <= 3 and word == token and not is_short_name:
-        return " * ".join(f"{letter}_" for letter in word).split()
-    if not is_unit:
-        return [f"word_{word}_"]
+class Reader:
+    """Spells a tidy answer as Python: 2x as c0*x_, \\frac12 as ((c0)/(c1)), 5 cm as c0*u_cm.
 
-    name = word if word in UNITS else word.lower()
+    c0, c1, ... are its `constants`. ValueError for what has no reading, or more than one.
+    """
+
+    def __init__(self, text, minus=False, short_units=True):
+        """minus: read \\pm as a minus. short_units: read the m of 5 m as a unit."""
+        if minus:
+            text = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        self.tokens = split_tokens(text)
+        self.tokens.append(Token(END, "end", False))
+        self.position = 0
+        self.constants = []
+        self.short_units = short_units
+        self.in_function = 0  # how many functions the next token is an argument of
+        openings = [token for token in self.tokens if token.text in ("(", "[", "{", r"\{")]
+        require(len(openings) <= MAX_BRACKETS, "too many brackets")
+
+    @property
+    def next(self):
+        """The next token's text."""
+        return self.tokens[self.position].text
+
+    def take(self):
+        """The next token, which is read by this."""
+        token = self.tokens[self.position]
+        require(token.kind != "end", "an end too early")
+        self.position += 1
+        return token
+
+    def expect(self, text):
+        require(self.take().text == text, f"no {text} where one must be")
+
+    def constant(self, value):
+        self.constants.append(Fraction(int(value) if str(value).isdigit() else value))
+        return f"c{len(self.constants) - 1}"
+
+    def sequence(self, *closers):
+        """Python for all tokens up to one of the closers, which is left to be read."""
+        words = []
+        is_factor = False  # whether the last word is a factor, which another one may follow
+        while not (self.next in closers and (is_factor or self.next not in "|[")):
+            token = self.take()
+            if token.text in BINARY and token.kind != "letters":
+                words.append(BINARY[token.text])
+                is_factor = False
+            elif is_factor and token.text in ("^", "!", "%"):
+                words[-1] = self.postfix(words[-1], token)
+            else:
+                factor = self.factor(token, words, is_factor)
+                if is_factor:
+                    self.require_product(words, factor, token)
+                    words.append("*")
+                words.append(factor)
+                is_factor = True
+        return " ".join(words)
+
+    def require_product(self, words, factor, token):
+        """Whether factors side by side are a product for certain: 2x is, 2 3 and 1/2x are not."""
+        are_numbers = factor[0] == "c" and is_constant(factor) and is_constant(words[-1])
+        require(not are_numbers, "numbers in a row")
+        is_index = is_constant(factor) and not token.is_spaced and words[-1][-1] == "_"
+        require(not is_index, "a number behind a letter")
+        if words[-2:-1] == ["/"]:
+            is_number = is_constant(words[-1]) and is_constant(words[-3])
+            is_clear = factor.startswith("u_") or (is_number and token.is_spaced)
+            require(is_clear, "a product in a denominator, or after it")
+
+    def postfix(self, word, token):
+        """Python for a factor with an exponent, a factorial or a percent behind it."""
+        if token.text == "^":
+            return f"{word}**{self.exponent()}"
+        require("**" not in word or word[-1] == ")" == word[0], "a factorial of a power")
+        if token.text == "!":
+            require(self.next != "!" and word[-2:] != "!)", "a double factorial")
+            return f"factorial({word})"
+        return f"percent({word})"
+
+    def exponent(self):
+        """Python for what stands behind ^: a group, a bracket, or a factor with a sign."""
+        sign = "-" if self.next == "-" else ""
+        if sign:
+            self.take()
+        return f"({sign}{self.argument()})"
+
+    def argument(self, one_digit=False):
+        """Python for one argument of a command: a group in braces, or else a single factor."""
+        token = self.take()
+        if one_digit and token.kind == "number" and len(token.text) > 1:
+            require(re.fullmatch("[0-9]{2}", token.text), "digits that may be one or two arguments")
+            self.position -= 1
+            self.tokens[self.position] = Token(token.text[1], "number", False)
+            return self.constant(token.text[0])
+        return self.factor(token, [], False)
+
+    def factor(self, token, words, is_factor):
+        """Python for one factor that begins with a token; words: what stands before it."""
+        if token.kind == "number":
+            return self.number(token)
+        if token.kind in ("word", "letters") and is_unit(token, words, is_factor, self):
+            return self.unit(token)
+        if token.text.lower() in SCALES and is_factor and is_constant(words[-1]):
+            return f"({self.constant(SCALES[token.text.lower()])})"
+        if token.kind in ("word", "letters"):
+            return self.letter(token)
+        if token.kind == "command" and token.text not in (r"\{", r"\}", r"\|"):
+            return self.command(token)
+        if token.text == "{":
+            inner = self.sequence("}")
+            self.expect("}")
+            return inner if is_constant(inner) else f"({inner})"
+        if token.text == r"\{":
+            return self.set()
+        if token.text == "|":
+            inner = self.sequence("|")
+            self.expect("|")
+            return f"abs({inner})"
+        require(token.text in ("(", "[", "]"), "a sign that begins nothing")
+        return self.bracket(token.text)
+
+    def bracket(self, opening):
+        """Python for what stands in brackets: a value, a tuple or an interval."""
+        if opening == "]":
+            inner = self.sequence("[", "]")
+        else:
+            inner = self.sequence(")", "]")
+        kind = opening + self.take().text
+        require(kind in BRACKETS, "brackets that do not match")
+        return BRACKETS[kind].format(inner)
+
+    def set(self):
+        """Python for a set: its elements, or a variable and a condition."""
+        inner = self.sequence(r"\}", "|", ":")
+        if self.take().text == r"\}":
+            return f"{{{inner}}}" if inner else "emptyset_"
+        condition = self.sequence(r"\}")
+        self.expect(r"\}")
+        return f"such(({inner}), ({condition}))"
+
+    def number(self, token):
+        """Python for a number; with an index behind it, digits in that base, it is unknown."""
+        if self.next != "_":
+            return self.constant(token.text)
+        self.take()
+        base = re.sub("[^0-9]", "", self.raw_argument())
+        require(token.text.isdigit() and base, "an index of a number that is no base")
+        return f"digits_{token.text}_base_{base}_"
+
+    def raw_argument(self):
+        """The tokens of one argument, as they stand, in one word."""
+        depth, text = 0, ""
+        while not text or depth > 0:
+            token = self.take().text
+            depth += (token == "{") - (token == "}")
+            text += token if token != " " else ""
+        return text.strip("{}")
+
+    def unit(self, token):
+        """Python for a unit. Degrees in a function are an angle."""
+        name = unit_name(token.text)
+        if name == "degree" and self.in_function:
+            return f"(pi_/{self.constant(180)})"
+        return f"u_{name}"
+
+    def letter(self, token):
+        """Python for a letter or a word, with its index, or for the value of a function f(...)."""
+        name = token.text
+        while self.next == "'":
+            name += "prime"
+            self.take()
+        if self.next == "_":
+            self.take()
+            name += "_" + re.sub(r"\W", lambda match: f"o{ord(match[0])}", self.raw_argument())
+        return self.applied(name)
+
+    def applied(self, name):
+        """Python for a name, which a bracket behind it may make a function."""
+        if name in APPLIED and self.next == "^":  # f^{-1}(x): a function of that name
+            start = self.position
+            self.take()
+            exponent = re.sub(r"\W", "m", self.raw_argument())
+            if self.next == "(":
+                name += f"_to_{exponent}"
+            else:
+                self.position = start
+        if self.next != "(" or name in NEVER_APPLIED:
+            return f"{name}_"
+        start = self.position
+        self.take()
+        inner = self.sequence(")", "]")
+        is_simple = re.fullmatch(r"\w+|.*,.*", inner) is not None
+        if name in APPLIED or name.startswith(tuple("fgh")) or name.isupper() or is_simple:
+            self.expect(")")
+            return f"{name}_({inner})"
+        self.position = start
+        return f"{name}_"
+
+    def command(self, token):
+        """Python for a command with its arguments."""
+        name = token.text[1:]
+        if name in FUNCTION_NAMES:
+            return self.function(name)
+        if name in NAMES:
+            return self.letter(Token(name, "letters", False)) if name != "infty" else "infty_"
+        if name == "frac":
+            return f"(({self.argument(one_digit=True)})/({self.argument(one_digit=True)}))"
+        if name == "binom":
+            return f"binom({self.argument(one_digit=True)}, {self.argument(one_digit=True)})"
+        if name == "sqrt":
+            return self.root()
+        if name == "matrix":
+            self.expect("(")
+            return f"matrix{self.bracket('(')}"
+        if name in ("lfloor", "lceil"):
+            inner = self.sequence(rf"\r{name[1:]}")
+            self.take()
+            return f"{name[1:]}({inner})"
+        if name == "langle":
+            inner = self.sequence(r"\rangle")
+            self.take()
+            return f"vector({inner})"
+        if name in DECORATED:
+            return f"{name}_{re.sub(r'[^A-Za-z0-9]', '', self.raw_argument())}_"
+        require(name in ("reals", "emptyset"), "a command that no answer has")
+        return f"{name}_"
+
+    def root(self):
+        """Python for a root, of any degree."""
+        if self.next != "[":
+            return f"sqrt({self.argument()})"
+        self.take()
+        degree = self.sequence("]")
+        self.expect("]")
+        return f"root({self.argument()}, {degree})"
+
+    def function(self, name):
+        """Python for a function: with an exponent or a base, and its argument in brackets or bare.
+
+        An exponent between them is one of the value, -1 means the inverse. One behind the brackets
+        is left to be read: sin(x)^2 is (sin x)^2.
+        """
+        exponent, base = "", ""
+        while self.next in ("^", "_"):
+            if self.take().text == "^":
+                exponent = self.exponent()
+            else:
+                require(name == "log", "an index of a function")
+                base = f", {self.argument()}"
+        is_inverse = exponent and exponent.startswith(("(-", "((-"))
+        if is_inverse:
+            require(f"arc{name}" in FUNCTION_NAMES, "an inverse, or a power")
+            require(self.constants[-1] == 1, "an inverse, or a power")
+            name, exponent = f"arc{name}", ""
+
+        self.in_function += 1
+        if self.next in ("(", "{", "["):
+            is_natural = name == "log" and self.next == "{" and not base  # as sympy writes it
+            if is_natural and self.tokens[self.position + 1].text == "(":
+                name = "ln"
+            argument = self.argument()
+        else:
+            argument = self.bare_argument()
+        self.in_function -= 1
+        call = f"{name}({argument}{base})"
+        return f"({call}**{exponent})" if exponent else call
+
+    def bare_argument(self):
+        """Python for the argument of a function without brackets: the factors up to a sign."""
+        words = []
+        sign = "-" if self.next == "-" else ""
+        if sign:
+            self.take()
+        while self.is_bare_factor():
+            token = self.take()
+            if words and token.text in ("^", "!"):
+                words[-1] = self.postfix(words[-1], token)
+            else:
+                words.append(self.factor(token, words, bool(words)))
+        is_clear = self.next not in ("(", "[", "/", "{", "|", "%")
+        require(words and is_clear, "a function of an argument whose end is not certain")
+        return sign + "*".join(words)
+
+    def is_bare_factor(self):
+        """Whether the next token goes on with a bare argument of a function."""
+        token = self.tokens[self.position]
+        if token.kind == "command":
+            return token.text[1:] in ("frac", "sqrt", "binom", *NAMES)
+        is_degree = token.text == "degree"
+        return token.kind in ("number", "letters") or token.text in ("^", "!") or is_degree
+
+
+def is_constant(word):
+    """Whether a word of Python is a plain number."""
+    return re.fullmatch("c[0-9]+|\\(c[0-9]+\\)", word) is not None
+
+
+def unit_name(word):
+    """The name of a unit: cm, centimeters -> centimeter; of a counted noun itself, in singular."""
+    if word in UNITS:
+        return UNITS[word]
+    name = word.lower()
     if len(name) > 3 and name.endswith("s"):
         name = name[:-1]
-    require(not re.fullmatch(COMPUTING, name), "a word that computes")
-    if name in SCALES:  # 5 million is a number
-        return [f"({number(SCALES[name]).real})"]
-    return [f"_{UNITS.get(name, name)}_"]
+    return UNITS.get(name, name)
+
+
+def is_unit(token, words, is_factor, reader):
+    """Whether a word is a unit: a known one, or a plural noun, behind a value and before an end."""
+    word = token.text
+    is_behind_unit = len(words) > 1 and words[-1] == "/" and words[-2].startswith("u_")
+    if unit_name(word) == "degree" and is_factor:
+        return True
+    is_last = reader.next in (END, ",", ")", "]", "}", r"\}", "^", "/", r"\and", r"\or", r"\cup")
+    if not is_last or not (is_factor or is_behind_unit):
+        return False
+    if word in SHORT_UNITS and token.kind != "word" and not is_behind_unit:
+        is_number = is_constant(words[-1])
+        return reader.short_units and is_number and token.is_spaced
+    if unit_name(word) in UNIT_NAMES:
+        return True
+    is_noun = len(word) > 3 and word.endswith("s") and not re.fullmatch(COUNTED, word.lower())
+    return is_noun and (is_behind_unit or is_constant(words[-1]))
 
 
 # ---- Evaluation ----
@@ -822,116 +1378,304 @@ def spell_word(token, is_unit):
 SUMS = (ast.Add, ast.Sub)
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 OPERATIONS |= {ast.Div: operator.truediv, ast.Pow: power}
+CONSTANTS = {"i_": IMAGINARY, "infty_": INFINITY, "minfty_": MINUS_INFINITY, "reals_": REALS}
+CONSTANTS |= {"emptyset_": Shape("set", frozenset())}
+CALLED = FUNCTION_NAMES | {"abs", "sqrt", "root", "factorial", "binom", "floor", "ceil"}
+INTERVALS = {"Lt Lt": "()", "LtE LtE": "[]", "Lt LtE": "leftopen", "LtE Lt": "rightopen"}
 
 
-def evaluate(node, units):  # noqa: C901  one case for each construct that an answer may have
-    """The value of a node of Python's syntax tree. Unless `units` count, each is 1."""
-    value = partial(evaluate, units=units)
-    match node:
-        case ast.Constant(n):
-            return Number(n % PRIME)
-        case ast.Name("i_" | "infty_" | "minfty_" as name):
-            return {"i_": IMAGINARY, "infty_": INFINITY, "minfty_": MINUS_INFINITY}[name]
-        case ast.Name(name):
-            is_value = name.endswith("_") and name not in ("factorial_", "percent_")
-            require(is_value, "a function of nothing")
-            return symbol(name) if units or name[0] != "_" else ONE
-        case ast.UnaryOp(ast.UAdd(), operand):
-            return value(operand)
-        case ast.UnaryOp(ast.USub(), operand):
-            return MINUS * value(operand)
-        case ast.BinOp(operand, ast.Pow(), ast.Name("factorial_" | "percent_" as name)):
-            return call_function(name, value(operand))
-        case ast.BinOp(left, ast.BitOr(), right):
-            return Shape("union", elements(value(left)) | elements(value(right)))
-        case ast.BinOp(left, operation, right):
-            if isinstance(operation, SUMS) and not units:
-                require(not has_units(left) and not has_units(right), "units that do not count")
-            return OPERATIONS[type(operation)](value(left), value(right))
-        case ast.Call(ast.Call(ast.Name("frac"), [numerator], []), [denominator], []):
-            return value(numerator) / value(denominator)
-        case ast.Call(ast.Name(name), items, []) if name in SHAPES:
-            return Shape(name, tuple(map(value, items)))
-        case ast.Call(ast.Name(name), [argument], []) if name in CALLED:
-            return call_function(name, value(argument))
-        case ast.List([item]):
-            return value(item)
-        case ast.List([_, _] as items):
-            return Shape("[]", tuple(map(value, items)))
-        case ast.List(items) | ast.Tuple(items):
-            return Shape("()", tuple(map(value, items)))
-        case ast.Set(items):
-            return Shape("set", frozenset(map(value, items)))
-        case ast.Compare(left, signs, others):
-            names = [name_of(side) for side in (left, *others)]
-            signs = [type(sign).__name__ for sign in signs]
-            return relation([value(side) for side in (left, *others)], names, signs)
-    raise ValueError("a construct that no answer has")
+@dataclass
+class Evaluator:
+    """Walks a tree of Python's syntax."""
+
+    constants: list  # the values of c0, c1, ...
+    units: bool = True  # otherwise each unit is 1
+    percent: str = "value"  # 50% is 0.5; "sign": it is 50
+    bound: str = ""  # the name of a letter that is called # instead
+
+    def value(self, node):
+        """The value of a node: a Number or a Shape."""
+        match node:
+            case ast.Name(name):
+                return self.name(name)
+            case ast.UnaryOp(operation, operand):
+                return self.signed(operation, self.value(operand))
+            case ast.BinOp(left, operation, right):
+                return self.operation(left, operation, right)
+            case ast.Call(ast.Name(name), arguments, []):
+                return self.called(name, arguments)
+            case ast.List([item]):
+                return self.value(item)
+            case ast.List([_, _] as items):
+                return Shape("[]", self.values(items))
+            case ast.List(items) | ast.Tuple(items):
+                return Shape("()", self.values(items))
+            case ast.Set(items):
+                return Shape("set", frozenset(self.values(items)))
+            case ast.Compare():
+                return self.relation(node)
+            case ast.BoolOp(operation, items):
+                return joined(operation, self.values(items))
+        raise ValueError("a construct that no answer has")
+
+    def values(self, nodes):
+        return tuple(self.value(node) for node in nodes)
+
+    def name(self, name):
+        """The value of a constant, a letter or a unit."""
+        if name in CONSTANTS:
+            return CONSTANTS[name]
+        if name.startswith("u_"):
+            return symbol(name) if self.units else ONE
+        if name[0] == "c" and name[1:].isdigit():
+            return number(self.constants[int(name[1:])])
+        require(name.endswith("_"), "a function of nothing")
+        return symbol("#" if name == self.bound else name)
+
+    def signed(self, operation, operand):
+        """+ or - of a value."""
+        if isinstance(operation, ast.UAdd):
+            return operand
+        require(isinstance(operation, ast.USub), "a construct that no answer has")
+        if operand == INFINITY:
+            return MINUS_INFINITY
+        return times(MINUS, operand)
+
+    def operation(self, left, operation, right):
+        """The value of two operands and what joins them."""
+        if isinstance(operation, SUMS) and not self.units:
+            require(not has_units(left) and not has_units(right), "units that do not count")
+        a, b = self.value(left), self.value(right)
+        if isinstance(operation, ast.BitOr):
+            return Shape("union", elements(a) | elements(b))
+        if isinstance(operation, ast.Mult):
+            return times(a, b)
+        if a.kind in ("matrix", "()") and isinstance(operation, SUMS):
+            return elementwise(OPERATIONS[type(operation)], a, b)
+        return OPERATIONS[type(operation)](a, b)
+
+    def called(self, name, nodes):
+        """The value of a function, a shape, or an unknown function f_(x)."""
+        if name == "such":
+            return such(*self.values(nodes))
+        values = self.values(nodes)
+        if name in ("leftopen", "rightopen"):
+            require(len(values) == 2, "an interval of two ends")
+            return Shape(name, values)
+        if name == "vector":
+            return Shape("vector", values)
+        if name == "matrix":
+            width = len(values[0].items)
+            require({len(row.items) for row in values} == {width}, "rows of different lengths")
+            items = tuple(item for row in values for item in row.items)
+            return Shape("matrix", items, f"{len(values)} x {width}")
+        if name == "percent":
+            return values[0] * HUNDREDTH if self.percent == "value" else values[0]
+        if name in CALLED:
+            return call_function(name, values)
+        require(name.endswith("_") and values, "a call that no answer has")
+        value = unknown(name, *values)
+        return Number(value.real, 0, ("?", name, *[argument.tree for argument in values]))
+
+    def relation(self, node):
+        """What a chain of relations says: an equation, what a name is, or in which set it lies."""
+        nodes = [node.left, *node.comparators]
+        signs = [type(sign).__name__ for sign in node.ops]
+        if set(signs) <= {"Gt", "GtE"}:  # read from right to left, the chain ascends
+            nodes = nodes[::-1]
+            signs = [sign.replace("G", "L") for sign in signs[::-1]]
+        names = [name_of(side) for side in nodes]
+        if set(signs) == {"Eq"}:
+            return self.equation(nodes, names)
+        if signs in (["In"], ["NotEq"]):
+            value = self.value(nodes[1])
+            if not names[0]:
+                require(signs == ["NotEq"], "a value in a set")
+                return Shape("unequal", self.value(nodes[0]) - value)
+            if signs == ["NotEq"]:
+                value = reals_without(value)
+            return Shape("is", value, names[0])
+        return self.inequality(nodes, names, " ".join(signs))
+
+    def equation(self, nodes, names):
+        """x = v, v = x, x = y = v or an equation of two sides; x = 2 + 3 = 5 is x = 5."""
+        if not names[0] and names[-1]:
+            nodes, names = nodes[::-1], names[::-1]
+        count = next((i for i, name in enumerate(names) if not name), len(names) - 1)
+        count = max(1, count)
+        sides = self.values(nodes[count:])
+        require(all(same(sides[0], side) for side in sides[1:]), "a chain of different values")
+        if not names[0]:
+            return Shape("equation", self.value(nodes[0]) - sides[-1])
+        bound = None
+        function = re.fullmatch(r"(\w+)\(([a-z]_)\)", names[0])
+        if function and count == 1:
+            evaluator = Evaluator(self.constants, self.units, self.percent, function[2])
+            bound = evaluator.value(nodes[-1])
+            names[0] = f"{function[1]}()"
+        return Shape("is", sides[-1], " = ".join(names[:count]), bound)
+
+    def inequality(self, nodes, names, signs):
+        """x < v is the interval of x; otherwise left side minus right side, and the sign."""
+        if signs in ("Lt", "LtE"):
+            left, right = self.values(nodes)
+            if names[0] and not names[1]:
+                kind = INTERVALS[f"Lt {signs}"]
+                return Shape("is", Shape(kind, (MINUS_INFINITY, right)), names[0])
+            if names[1] and not names[0]:
+                kind = INTERVALS[f"{signs} Lt"]
+                return Shape("is", Shape(kind, (left, INFINITY)), names[1])
+            return Shape(signs, left - right)
+        require(signs in INTERVALS and names[1], "a chain of relations")
+        ends = (self.value(nodes[0]), self.value(nodes[2]))
+        return Shape("is", Shape(INTERVALS[signs], ends), names[1])
+
+
+def times(a, b):
+    """The product of two values: of numbers, or of a number with a matrix or a tuple."""
+    if a.kind == b.kind == "number":
+        return a * b
+    if a.kind in ("matrix", "()"):
+        a, b = b, a
+    require(a.kind == "number" and b.kind in ("matrix", "()"), "a product of shapes")
+    return Shape(b.kind, tuple(times(a, item) for item in b.items), b.name)
+
+
+def elementwise(operation, a, b):
+    """The sum or the difference of two matrices or tuples."""
+    require((a.kind, a.name) == (b.kind, b.name), "a sum of different shapes")
+    require(len(a.items) == len(b.items), "a sum of different lengths")
+    return Shape(a.kind, tuple(map(operation, a.items, b.items)), a.name)
+
+
+def joined(operation, values):
+    """What values joined by and, or by or are: of intervals their union, otherwise a list."""
+    names = {value.name for value in values if value.kind == "is"}
+    are_sets = all(is_set_of_numbers(unnamed(value)) for value in values)
+    if are_sets and isinstance(operation, ast.Or) and len(names) <= 1:
+        union = Shape("union", frozenset().union(*[elements(unnamed(value)) for value in values]))
+        return Shape("is", union, *names) if names else union
+    are_conditions = any(value.kind == "is" and is_set_of_numbers(value.items) for value in values)
+    require(not are_conditions, "several conditions")
+    return bare_list(values)
+
+
+def is_set_of_numbers(value):
+    """Whether a value is an interval or a union."""
+    return value.kind in ("union", "leftopen", "rightopen", "()", "[]")
+
+
+def reals_without(value):
+    """The real numbers but one."""
+    require(value.kind == "number", "no number that is left out")
+    below = Shape("()", (MINUS_INFINITY, value))
+    above = Shape("()", (value, INFINITY))
+    return Shape("union", frozenset([below, above]))
+
+
+def such(variable, condition):
+    """The set of a variable with a condition: the interval in which the condition says it is."""
+    is_real = variable.kind == "is" and variable.items == REALS
+    require(variable.kind == "number" or is_real, "no variable")
+    require(condition.kind == "is", "a condition that names nothing")
+    name = variable.name if is_real else variable.tree[-1]
+    require(name == condition.name, "a condition on something else")
+    require(is_set_of_numbers(condition.items), "a condition that is no interval")
+    return condition.items
 
 
 def has_units(operand):
     """Whether units stand in an operand of a sum; of a sum in it, its own operands are asked."""
     is_sum = isinstance(getattr(operand, "op", None), SUMS)
-    return not is_sum and re.search(r"\b_", ast.unparse(operand)) is not None
+    return not is_sum and re.search(r"\bu_", ast.unparse(operand)) is not None
 
 
 def name_of(node):
-    """What can be said to be a value, as text: x_, or (x_, y_); "" for any other node."""
-    source = ast.unparse(node)
-    is_name = re.fullmatch(r"(?!pi_)[A-Za-z]\w*_|\([a-z]_(, [a-z]_)*\)", source)
-    return source if is_name else ""
+    """What can be said to be a value, as text: x_, f_(x_), or (x_, y_); "" for any other node."""
+    if isinstance(node, ast.Name):
+        is_name = node.id.endswith("_") and node.id not in (*CONSTANTS, "pi_", "e_")
+        return node.id if is_name else ""
+    if isinstance(node, ast.Tuple | ast.Call):
+        source = ast.unparse(node)
+        is_name = re.fullmatch(r"\([a-z]\w*_(, [a-z]\w*_)*\)|\w+_\([a-z]_\)", source)
+        return source if is_name else ""
+    return ""
 
 
-INTERVALS = {"Lt Lt": "()", "LtE LtE": "[]", "Lt LtE": "leftopen", "LtE Lt": "rightopen"}
+@dataclass
+class Reading:
+    """An answer that was read."""
+
+    value: object
+    source: str = ""  # in Python
+
+    @property
+    def has_units(self):
+        return re.search(r"\bu_", self.source) is not None
+
+    @property
+    def letters(self):
+        """The single letters in it that are variables."""
+        return set(re.findall(r"\b([A-Za-z])_", self.source))
 
 
-def relation(sides, names, signs):
-    """What a chain of relations says: an equation, or what a name is, or in which set it lies."""
-    if set(signs) <= {"Gt", "GtE"}:  # read from right to left, the chain ascends
-        sides, names, signs = sides[::-1], names[::-1], signs[::-1]
-        signs = [sign.replace("G", "L") for sign in signs]
-    if signs in (["Lt"], ["LtE"]) and names[0]:  # x < v is -infinity < x < v
-        sides, names, signs = [MINUS_INFINITY, *sides], ["", *names], ["Lt", *signs]
-    elif signs in (["Lt"], ["LtE"]):
-        sides, signs = [*sides, INFINITY], [*signs, "Lt"]
-    interval = INTERVALS.get(" ".join(signs))
-    if interval and names[1]:
-        return Shape("is", Shape(interval, (sides[0], sides[2])), names[1])
-
-    is_equation = set(signs) == {"Eq"} and len(set(sides[1:])) == 1
-    require(is_equation or (signs == ["In"] and names[0]), "a chain of different values")
-    if names[0]:
-        return Shape("is", sides[-1], names[0])
-    if names[-1]:
-        return Shape("is", sides[0], names[-1])
-    return Shape("equation", sides[0] - sides[-1])
+WORDS = re.compile("[A-Za-z\"' .-]*[A-Za-z]{2}[A-Za-z\"' .-]*")
+PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
+PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
+CHOICE = re.compile(r"\(\"?([A-J])\"?\) (.+)")
 
 
-def read_answer(answer, units=True):
-    """(value, whether it has units) of an answer. Several items are a bare list."""
-    text = tidy(answer)
-    if ":" in text or re.fullmatch("[A-Za-z\"' .]*[A-Za-z]{2}[A-Za-z\"' .]*", text):
-        return Shape("text", re.sub("[\"' ]", "", text.lower())), False  # words, a ratio, a time
+def read_answer(text, units=True, percent="value", short_units=True):
+    """The Reading of a tidy answer. Several items are a bare list. ValueError if there is none."""
+    if WORDS.fullmatch(text) and not PRODUCT.fullmatch(text):
+        return Reading(Shape("text", re.sub("[\"' .]", "", text.lower())))
+    if ":" in text and r"\{" not in text:  # a ratio, a time
+        return Reading(Shape("text", re.sub("[\"' ]", "", text.lower())))
+    if re.fullmatch("[A-J]", text):
+        return Reading(Shape("choice", None, text))
+    choice = CHOICE.fullmatch(text)
+    if choice:
+        reading = read_answer(choice[2], units, percent, short_units)
+        return Reading(Shape("choice", reading.value, choice[1]), reading.source)
 
     values = []
-    for plus, minus in ("+-", "-+"):
-        source = translate(text.replace(r"\pm", plus).replace(r"\mp", minus))
+    has_signs = r"\pm" in text or r"\mp" in text  # then there are two values, by either sign
+    for minus in (False, True)[: 1 + has_signs]:
+        reader = Reader(text, minus, short_units)
+        source = reader.sequence(END)
+        evaluator = Evaluator(reader.constants, units, percent)
         items = ast.parse(f"[{source},]", mode="eval").body.elts
-        by_sign = [evaluate(item, units) for item in items]
-        values += [value for value in by_sign if plus == "+" or value not in values]
-        if r"\pm" not in text and r"\mp" not in text:  # otherwise two values, by either sign
-            break
+        by_sign = [evaluator.value(item) for item in items]
+        values += [value for value in by_sign if not minus or value not in values]
+    return Reading(bare_list(values), source)
 
+
+def bare_list(values):
+    """What values side by side are: a list, a union of sets, or values of one or of more names."""
+    values = [item for value in values for item in assignments(value)]
+    names = [value.name for value in values if value.kind == "is"]
     # x = 1 or x = 2; x = 1, 2: one name is said to be all of them.
-    names = {v.name for v in values if v.kind == "is" and values[0].kind == "is"}
-    if len(names) == 1:
-        values = [unnamed(v) for v in values]
-    value = values[0]
-    if all(v.kind == "set" for v in values):
-        value = Shape("set", frozenset().union(*map(elements, values)))
-    elif len(values) > 1:
-        value = Shape("list", tuple(sorted(values, key=repr)))
-    return Shape("is", value, *names) if len(names) == 1 else value, " _" in source
+    if len(set(names)) == 1 and values[0].kind == "is":
+        return Shape("is", bare_list([unnamed(value) for value in values]), names[0])
+    if len(values) == 1:
+        return values[0]
+    if names:
+        require(len(names) == len(values) == len(set(names)), "some values of names, some not")
+        return Shape("assignments", tuple(values))
+    if all(value.kind == "set" for value in values):
+        return Shape("set", frozenset().union(*map(elements, values)))
+    return Shape("list", tuple(values))
+
+
+def assignments(value):
+    """x = v of each name in (x, y) = (u, v), or the value alone."""
+    if value.kind == "assignments" or value.kind == "list":
+        return value.items
+    if value.kind != "is" or not value.name.startswith("("):
+        return [value]
+    names = value.name.strip("()").split(", ")
+    require(value.items.kind == "()" and len(value.items.items) == len(names), "no such tuple")
+    return [Shape("is", item, name) for name, item in zip(names, value.items.items)]
 
 
 def elements(value):
@@ -944,41 +1688,197 @@ def unnamed(value):
     return value.items if value.kind == "is" else value
 
 
+# ---- Equality ----
+
+
+def same(a, b):  # noqa: C901  one case for each pair of kinds
+    """Whether two values are equal: True, False, or None if that is not certain."""
+    kinds = {a.kind, b.kind}
+    if kinds == {"number"}:
+        return same_number(a, b)
+    if "choice" in kinds:
+        return same_choice(a, b)
+    if "assignments" in kinds:
+        return same_assignments(a, b)
+    if kinds == {"is"} and a.name != b.name:
+        is_equation = a.items.kind == b.items.kind == "number" and "(" not in a.name + b.name
+        return same_equation(a, b) if is_equation else False
+    if kinds == {"is"} and a.bound and b.bound:
+        return same(a.bound, b.bound)
+    if kinds == {"is", "equation"}:
+        return same_equation(a, b)
+    if "is" in kinds:
+        return same(unnamed(a), unnamed(b))
+    if len(kinds) == 1 and a.kind in ("equation", "unequal", "Lt", "LtE"):
+        return same_relation(a, b)
+    if kinds in ({"union"}, {"set"}) or (kinds == {"set", "list"}):
+        return same_set(elements(a), elements(b))
+    if kinds == {"set", "number"} or kinds == {"set", "()"}:
+        return same_set(elements(a), elements(b))
+    if a == b:
+        return True
+    if len(kinds) > 1 or a.name != b.name or a.kind in ("text", "infinity"):
+        return False
+    if a.kind == "list":
+        return same_list(a.items, b.items)
+    return same_tuple(a.items, b.items)
+
+
+def same_number(a, b):
+    """By the residues where these know all, otherwise by many digits."""
+    if a == b:
+        return True
+    if is_rational(a.tree) and is_rational(b.tree):
+        return False
+    return same_digits(a.tree, b.tree)
+
+
+def same_tuple(a, b):
+    """Whether two tuples of values are equal, one by one."""
+    if len(a) != len(b):
+        return False
+    return every(same(x, y) for x, y in zip(a, b))
+
+
+def every(verdicts):
+    """True if all verdicts are, False if one is, otherwise None."""
+    verdicts = list(verdicts)
+    if False in verdicts:
+        return False
+    return None if None in verdicts else True
+
+
+def same_list(a, b):
+    """Whether two lists hold the same values, each as often, in any order."""
+    if len(a) != len(b):
+        return False
+    rest = list((Counter(b) - Counter(a)).elements())
+    for x in (Counter(a) - Counter(b)).elements():
+        require(len(rest) <= 10, "a long list")
+        verdicts = [same(x, y) for y in rest]
+        if True not in verdicts:
+            return None if None in verdicts else False
+        del rest[verdicts.index(True)]
+    return True
+
+
+def same_set(a, b):
+    """Whether two sets hold the same values."""
+    only_a, only_b = a - b, b - a
+    require(len(only_a) <= 10 and len(only_b) <= 10, "long sets")
+    verdicts = [some(same(x, y) for y in b) for x in only_a]
+    verdicts += [some(same(x, y) for x in a) for y in only_b]
+    return every(verdicts)
+
+
+def some(verdicts):
+    """True if one verdict is, False if all are, otherwise None."""
+    verdicts = list(verdicts)
+    if True in verdicts:
+        return True
+    return None if None in verdicts else False
+
+
+def same_choice(a, b):
+    """(C) 12 is C, and it is 12; two choices must agree in all that they have."""
+    if a.kind != b.kind:
+        choice, other = (a, b) if a.kind == "choice" else (b, a)
+        if choice.items is None:
+            return same(symbol(f"{choice.name}_"), other)
+        return same(choice.items, other)
+    if a.name != b.name or a.items is None or b.items is None:
+        return a.name == b.name
+    return same(a.items, b.items)
+
+
+def same_assignments(a, b):
+    """x = 1, y = 2 of the same names; or the values in a list, in the order of the names."""
+    if a.kind == b.kind:
+        a_values = {value.name: value.items for value in a.items}
+        b_values = {value.name: value.items for value in b.items}
+        if a_values.keys() != b_values.keys():
+            return None
+        return every(same(value, b_values[name]) for name, value in a_values.items())
+    named, other = (a, b) if a.kind == "assignments" else (b, a)
+    names = [value.name for value in named.items]
+    values = [value.items for value in named.items]
+    are_roots = all(re.fullmatch(r"[xyztw]_\w_", name) for name in names)
+    if are_roots and other.kind in ("list", "set"):  # x_1 = 1, x_2 = 2: the roots
+        return same(Shape("list", tuple(values)), other)
+    require(other.kind in ("list", "()") and names == sorted(names), "names in no order")
+    is_clear = other.kind == "()" or not {"x_", "y_", "z_"} & set(names)
+    require(is_clear, "a list that may be the values of one name")
+    return same_tuple(values, other.items)
+
+
 def difference(equation):
     """Left side minus right side of an equation; x = v is one, too."""
-    is_equation = equation.kind == "equation"
+    is_equation = equation.kind != "is"
     return equation.items if is_equation else symbol(equation.name) - equation.items
 
 
-def values_equal(a, b):
-    """Whether two values are equal by the rules at the head of this part."""
-    if {a.kind, b.kind} <= {"is", "equation"} and (a.name != b.name or not a.name):
-        ratio = difference(a) / difference(b)
-        require(difference(a).fraction() is None, "an equation without a letter")
-        return ratio.fraction() is not None  # each is a rational multiple of the other
-    a, b = unnamed(a), unnamed(b)
-    kinds = {a.kind, b.kind}
-    are_sets = "set" in kinds and kinds <= {"set", "list", "number", "()"}
-    return a == b or (are_sets and elements(a) == elements(b))
+def same_equation(a, b):
+    """Whether one equation is a rational multiple of the other; if not, that is not certain."""
+    ratio = difference(a) / difference(b)
+    require(difference(a).fraction() is None, "an equation without a letter")
+    return True if ratio.fraction() is not None else None
 
 
-def answers_equal(answer, gold):
-    """True, False, or None when undecided (which counts as not equal). Symmetric; never raises."""
-    answer, gold = str(answer).strip(), str(gold).strip()
-    if not answer or not gold:
+def same_relation(a, b):
+    """The same of equations, and of inequalities with a positive multiple."""
+    ratio = (a.items / b.items).fraction()
+    require(a.items.fraction() is None, "a relation without a letter")
+    if ratio is None or (a.kind in ("Lt", "LtE") and ratio < 0):
+        return None
+    return True
+
+
+def compact(text):
+    """A tidy text without the spaces that separate nothing."""
+    return re.sub("(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
+
+
+def answers_equal(answer, gold, percent="value"):
+    """True, False, or None when undecided (which counts as not equal). Symmetric; never raises.
+
+    percent: "value": 25% is 0.25, and not 25. "either": a percent sign may also be left out, as in
+    the benchmarks whose own graders remove it: 25% is 0.25, and it equals 25.
+    """
+    try:
+        return verdict(str(answer).strip(), str(gold).strip(), percent)
+    except Exception:
+        return None
+
+
+def verdict(answer, gold, percent):
+    """answers_equal of two texts, which may raise."""
+    if not answer or not gold or "None" in (answer, gold):
         return None
     if answer == gold:
         return True
-    try:
-        require(max(len(answer), len(gold)) <= MAX_CHARS, "a long text")
-        (a, a_has_units), (b, b_has_units) = read_answer(answer), read_answer(gold)
-        if a_has_units and not b_has_units:  # units on one side only do not count
-            a, _ = read_answer(answer, units=False)
-        if b_has_units and not a_has_units:
-            b, _ = read_answer(gold, units=False)
-        return values_equal(a, b)
-    except Exception:
-        return None
+    if PLAIN.fullmatch(answer) and PLAIN.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold)
+    require(max(len(answer), len(gold)) <= MAX_CHARS, "a long text")
+    answer, gold = tidy(answer), tidy(gold)
+    if compact(answer) == compact(gold):
+        return True
+    a, b = read_answer(answer), read_answer(gold)
+
+    # The m of 5 m is a variable if it is one in the other answer.
+    if b.letters & set(SHORT_UNITS):
+        a = read_answer(answer, short_units=False)
+    if a.letters & set(SHORT_UNITS):
+        b = read_answer(gold, short_units=False)
+    # Units on one side only do not count.
+    if a.has_units and not b.has_units:
+        a = read_answer(answer, units=False)
+    elif b.has_units and not a.has_units:
+        b = read_answer(gold, units=False)
+    equal = same(a.value, b.value)
+    if percent == "either" and equal is not True and ("%" in answer) != ("%" in gold):
+        a, b = read_answer(answer, percent="sign"), read_answer(gold, percent="sign")
+        equal = same(a.value, b.value)
+    return equal
 
 
 # ---- Finding the answer in a completion ----
