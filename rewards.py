@@ -844,7 +844,7 @@ COMMANDS = pairs(
     r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
     r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
     r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] approx@= degree@^\circ prime@' colon@: "
-    r"varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
+    r"backslash@\setminus varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
     r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
     "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
     "textstyle@ boxed@ fbox@ mathbf@ boldsymbol@ mathit@ quad@ qquad@ limits@ middle@ "
@@ -857,7 +857,7 @@ SIGNS = pairs(
 )
 UNITS = pairs(
     "cm@centimeter km@kilometer mm@millimeter m@meter in@inch ft@foot feet@foot yd@yard mi@mile "
-    "mph@mph g@gram kg@kilogram mg@milligram lb@pound oz@ounce mL@milliliter ml@milliliter "
+    "g@gram kg@kilogram mg@milligram lb@pound oz@ounce mL@milliliter ml@milliliter "
     "L@liter s@second sec@second min@minute h@hour hr@hour deg@degree N@newton J@joule W@watt "
     "V@volt A@ampere K@kelvin Hz@hertz Pa@pascal kN@kilonewton kJ@kilojoule kW@kilowatt "
     "kPa@kilopascal mol@mole usd@dollar inche@inch metre@meter litre@liter kilometre@kilometer "
@@ -981,6 +981,7 @@ rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
 rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
 rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*", "2 x 10^3", "2*10^3")
 rule(rf"(?<=[\d $}}]){WORD.format('percent|pct')}", "%", "50 percent", "50 %")
+rule(WORD.format("mph"), "mi/h", "20 mph", "20 mi/h")
 rule(WORD.format("per"), "/", "5 m per s", "5 m / s")
 rule(WORD.format("square|sq") + ' ("?[a-z]+"?)', r"\1^2", "5 square cm", "5 cm^2")
 rule(WORD.format("cubic") + ' ("?[a-z]+"?)', r"\1^3", "5 cubic cm", "5 cm^3")
@@ -1013,7 +1014,7 @@ TOKEN = re.compile(
 )
 END = ""  # the token after the last
 BINARY = pairs(
-    r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ \mp@-"
+    r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ \mp@- \setminus@-"
 )
 BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
@@ -1447,7 +1448,11 @@ class Evaluator:
             require(not has_units(left) and not has_units(right), "units that do not count")
         a, b = self.value(left), self.value(right)
         if isinstance(operation, ast.BitOr):
-            return Shape("union", elements(a) | elements(b))
+            kind = "set" if a.kind == b.kind == "set" else "union"
+            return Shape(kind, elements(a) | elements(b))
+        if a == REALS and b.kind == "set" and isinstance(operation, ast.Sub):
+            (left_out,) = b.items
+            return reals_without(left_out)
         if isinstance(operation, ast.Mult):
             return times(a, b)
         if a.kind in ("matrix", "()") and isinstance(operation, SUMS):
@@ -1622,7 +1627,7 @@ class Reading:
 WORDS = re.compile("[A-Za-z\"' .-]*[A-Za-z]{2}[A-Za-z\"' .-]*")
 PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
-CHOICE = re.compile(r"\(\"?([A-J])\"?\) (.+)")
+CHOICE = re.compile(r'\( ?"?([A-J])"? ?\) (.+)')
 
 
 def read_answer(text, units=True, percent="value", short_units=True):
@@ -1654,11 +1659,11 @@ def bare_list(values):
     """What values side by side are: a list, a union of sets, or values of one or of more names."""
     values = [item for value in values for item in assignments(value)]
     names = [value.name for value in values if value.kind == "is"]
+    if len(values) == 1:
+        return values[0]
     # x = 1 or x = 2; x = 1, 2: one name is said to be all of them.
     if len(set(names)) == 1 and values[0].kind == "is":
         return Shape("is", bare_list([unnamed(value) for value in values]), names[0])
-    if len(values) == 1:
-        return values[0]
     if names:
         require(len(names) == len(values) == len(set(names)), "some values of names, some not")
         return Shape("assignments", tuple(values))
@@ -1707,17 +1712,21 @@ def same(a, b):  # noqa: C901  one case for each pair of kinds
         return same(a.bound, b.bound)
     if kinds == {"is", "equation"}:
         return same_equation(a, b)
+    if "is" in kinds and kinds & {"Lt", "LtE"}:
+        return same_relation(inequality_of(a), inequality_of(b))
     if "is" in kinds:
         return same(unnamed(a), unnamed(b))
     if len(kinds) == 1 and a.kind in ("equation", "unequal", "Lt", "LtE"):
         return same_relation(a, b)
-    if kinds in ({"union"}, {"set"}) or (kinds == {"set", "list"}):
-        return same_set(elements(a), elements(b))
-    if kinds == {"set", "number"} or kinds == {"set", "()"}:
+    if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
         return same_set(elements(a), elements(b))
     if a == b:
         return True
-    if len(kinds) > 1 or a.name != b.name or a.kind in ("text", "infinity"):
+    if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
+        return same_set(elements(a), elements(b)) or None
+    if len(kinds) > 1:  # a number is no list or tuple, whatever else may be the same
+        return False if kinds <= {"number", "list", "()", "[]", "infinity"} else None
+    if a.name != b.name or a.kind in ("text", "infinity"):
         return False
     if a.kind == "list":
         return same_list(a.items, b.items)
@@ -1800,10 +1809,14 @@ def same_assignments(a, b):
             return None
         return every(same(value, b_values[name]) for name, value in a_values.items())
     named, other = (a, b) if a.kind == "assignments" else (b, a)
+    if other.kind == "is" and other.name[0] in "xyztw":
+        other = other.items
     names = [value.name for value in named.items]
     values = [value.items for value in named.items]
-    are_roots = all(re.fullmatch(r"[xyztw]_\w_", name) for name in names)
-    if are_roots and other.kind in ("list", "set"):  # x_1 = 1, x_2 = 2: the roots
+    are_roots = all(re.fullmatch(rf"{names[0][0]}_\w_", name) for name in names)
+    if (
+        are_roots and names[0][0] in "xyztw" and other.kind in ("list", "set")
+    ):  # x_1 = 1, x_2 = 2: the roots
         return same(Shape("list", tuple(values)), other)
     require(other.kind in ("list", "()") and names == sorted(names), "names in no order")
     is_clear = other.kind == "()" or not {"x_", "y_", "z_"} & set(names)
@@ -1824,8 +1837,21 @@ def same_equation(a, b):
     return True if ratio.fraction() is not None else None
 
 
+def inequality_of(value):
+    """The inequality of a name that lies in an interval with one end; of others themselves."""
+    if value.kind != "is":
+        return value
+    left, right = value.items.items
+    strict = {"()": "Lt", "leftopen": "LtE", "rightopen": "LtE"}[value.items.kind]
+    if left == MINUS_INFINITY:
+        return Shape(strict, symbol(value.name) - right)
+    return Shape(strict, left - symbol(value.name))
+
+
 def same_relation(a, b):
     """The same of equations, and of inequalities with a positive multiple."""
+    if a.kind != b.kind:
+        return None
     ratio = (a.items / b.items).fraction()
     require(a.items.fraction() is None, "a relation without a letter")
     if ratio is None or (a.kind in ("Lt", "LtE") and ratio < 0):
