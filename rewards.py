@@ -488,9 +488,9 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 # up to 40 digits for certain, all others but for odds below 1e-60 (Schwartz 1980).
 #
 # Of functions the residue knows little: sin x is a random number. Where residues differ and there
-# are functions, roots or powers with letters, both sides are computed to 300 digits, at several
-# random points if they have letters: they are equal if they agree at each to 200 digits, and all
-# numbers on the way have fewer than 60 (so that nothing can be too small to be seen).
+# are functions, roots or powers with letters, both sides are computed to 160 digits, at several
+# random points if they have letters: they are equal if they agree at each to 120 digits, and all
+# numbers on the way have fewer than 40 (so that nothing can be too small to be seen).
 #
 # What does not parse, is too large or has two readings is *undecided*, and never equal. A reader
 # who wants the method only can go on with part 4.
@@ -510,7 +510,7 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 
 # Beyond any of these, or where reading it ends in an error, an answer is undecided.
 MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT, MAX_FACTORIAL = 500, 60, 10_000, 2100
-MAX_FUNCTIONS = 40  # to be computed to many digits
+MAX_FUNCTIONS = 30  # to be computed to many digits
 
 
 def require(condition, why):
@@ -690,9 +690,9 @@ def call_function(name, arguments):
 # ---- Digits: what residues cannot tell ----
 
 DIGITS = mpmath.MPContext()
-DIGITS.dps = 300
-CLOSE, LARGEST = DIGITS.mpf(10) ** -200, DIGITS.mpf(10) ** 60
-SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1), (1, 1))  # of letters, in turn
+DIGITS.dps = 160
+CLOSE, LARGEST = DIGITS.mpf(10) ** -120, DIGITS.mpf(10) ** 40
+SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of letters, in turn
 TRIGONOMETRIC = {"sin", "cos", "tan", "sinh", "cosh", "tanh"}
 RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin"}
 INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
@@ -743,8 +743,8 @@ def same_digits(a, b):
     for point, signs in enumerate(SIGNS_OF_POINTS):
         values = {"pi_": DIGITS.pi(), "e_": DIGITS.e()}
         for index, name in enumerate(sorted(letters)):
-            share = DIGITS.mpf(random_residue(name, point)) / PRIME
-            values[name] = signs[index % 2] * (share + point) / 2  # in (0, 1/2), ... (2, 5/2)
+            size = (random_digits(f"{name} {point}") + point) / 2  # in (0, 1/2), ... (3/2, 2)
+            values[name] = signs[index % 2] * size
         try:
             left, right = digits(a, values), digits(b, values)
         except (ValueError, ZeroDivisionError, OverflowError, TypeError):
@@ -759,7 +759,7 @@ def same_digits(a, b):
 
 
 def digits(tree, values):
-    """The value of a tree to 300 digits, complex where it must be. ValueError if it is large."""
+    """The value of a tree to 160 digits, complex where it must be. ValueError if it is large."""
     if isinstance(tree, Fraction):
         value = DIGITS.mpf(tree.numerator) / tree.denominator
     elif tree[0] == "symbol":
@@ -767,8 +767,7 @@ def digits(tree, values):
     elif tree[0] == "i":
         value = DIGITS.mpc(0, 1)
     elif tree[0] == "?":  # of an unknown function: the same where its arguments are the same
-        arguments = [DIGITS.nstr(digits(argument, values), 50) for argument in tree[2:]]
-        value = DIGITS.mpf(random_residue(tree[1], *arguments)) / PRIME
+        value = random_digits(tree[1], *[digits(argument, values) for argument in tree[2:]])
     else:
         operands = [digits(operand, values) for operand in tree[1:]]
         value = digits_of(tree[0], *operands)
@@ -795,18 +794,37 @@ def digits_of(operation, x, *others):  # noqa: C901  one case for each operation
         case "ln":
             return DIGITS.ln(x)
         case "log":  # base 10 or e: unknown
-            return DIGITS.ln(x) * DIGITS.mpf(random_residue("log")) / PRIME
+            return DIGITS.ln(x) * random_digits("log")
         case "factorial":
-            return DIGITS.gamma(x + 1)
+            return digits_factorial(x)
         case "binom":
             k = others[0]
-            return DIGITS.gamma(x + 1) / DIGITS.gamma(k + 1) / DIGITS.gamma(x - k + 1)
+            return digits_factorial(x) / digits_factorial(k) / digits_factorial(x - k)
     if operation in TRIGONOMETRIC:
         return getattr(DIGITS, operation)(x)
     if operation in RECIPROCALS:
         return 1 / getattr(DIGITS, RECIPROCALS[operation])(x)
     require(operation in INVERSES, "a function without digits")
     return getattr(DIGITS, INVERSES[operation])(x)
+
+
+def random_digits(name, *arguments):
+    """A random number in (0, 1), the same for the same name and (rounded) arguments."""
+    rounded = [DIGITS.nstr(argument, 50) for argument in arguments]
+    return DIGITS.mpf(random_residue(name, *rounded)) / PRIME
+
+
+def digits_factorial(x):
+    """x! where it is whole, and elsewhere any function of which x! = x (x - 1)! is true."""
+    require(x.imag == 0 and abs(x) < 60, "a factorial of a large number")
+    whole = int(DIGITS.floor(x + CLOSE))
+    rest = x - whole
+    value = DIGITS.mpf(1) if abs(rest) < CLOSE else random_digits("factorial", rest)
+    for k in range(1, whole + 1):
+        value *= rest + k
+    for k in range(whole + 1, 1):
+        value /= rest + k
+    return value
 
 
 def digits_power(base, exponent):
@@ -843,7 +861,7 @@ NAMES = words(
 COMMANDS = pairs(
     r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
     r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
-    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] approx@= degree@^\circ prime@' colon@: "
+    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] approx@\approx simeq@\approx cong@\approx degree@^\circ prime@' colon@: "
     r"backslash@\setminus varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
     r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
     "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
@@ -853,7 +871,7 @@ COMMANDS = pairs(
 SIGNS = pairs(
     r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ²@^2 ³@^3 ½@\frac12 "
     r"⅓@\frac13 ¼@\frac14 π@\pi θ@\theta ∞@\infty √@\sqrt °@^\circ ∪@\cup ∩@\cap ±@\pm ∈@\in "
-    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@= ∧@\and ∨@\or ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
+    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@\approx ∧@\and ∨@\or ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
 )
 UNITS = pairs(
     "cm@centimeter km@kilometer mm@millimeter m@meter in@inch ft@foot feet@foot yd@yard mi@mile "
@@ -991,6 +1009,9 @@ rule(WORD.format("or"), r"\\or ", "2 or 3", r"2 \or 3")
 rule(WORD.format(f"({FUNCTIONS}|pi|sqrt)"), r"\\\1 ", "2sin(x)", r"2\sin (x)")
 rule(r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}", r"\1\2 ", "x_{1}", "x_1")
 rule(r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}", "{1,2}", r"\{1,2\}")
+rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
+rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
+rule(r"(\d+) \"degree\" ?(\d+) ?'$", r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
 rule(rf'^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
 rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
 # fmt: on
@@ -1014,7 +1035,8 @@ TOKEN = re.compile(
 )
 END = ""  # the token after the last
 BINARY = pairs(
-    r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ \mp@- \setminus@-"
+    r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ "
+    r"\mp@- \setminus@-"
 )
 BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
@@ -1450,9 +1472,8 @@ class Evaluator:
         if isinstance(operation, ast.BitOr):
             kind = "set" if a.kind == b.kind == "set" else "union"
             return Shape(kind, elements(a) | elements(b))
-        if a == REALS and b.kind == "set" and isinstance(operation, ast.Sub):
-            (left_out,) = b.items
-            return reals_without(left_out)
+        if b.kind == "set" and isinstance(operation, ast.Sub):
+            return without(a, b)
         if isinstance(operation, ast.Mult):
             return times(a, b)
         if a.kind in ("matrix", "()") and isinstance(operation, SUMS):
@@ -1498,7 +1519,7 @@ class Evaluator:
                 require(signs == ["NotEq"], "a value in a set")
                 return Shape("unequal", self.value(nodes[0]) - value)
             if signs == ["NotEq"]:
-                value = reals_without(value)
+                value = without(REALS, Shape("set", frozenset([value])))
             return Shape("is", value, names[0])
         return self.inequality(nodes, names, " ".join(signs))
 
@@ -1570,12 +1591,30 @@ def is_set_of_numbers(value):
     return value.kind in ("union", "leftopen", "rightopen", "()", "[]")
 
 
-def reals_without(value):
-    """The real numbers but one."""
-    require(value.kind == "number", "no number that is left out")
-    below = Shape("()", (MINUS_INFINITY, value))
-    above = Shape("()", (value, INFINITY))
-    return Shape("union", frozenset([below, above]))
+OPEN_ABOVE = {"()": "()", "leftopen": "()", "[]": "rightopen", "rightopen": "rightopen"}
+OPEN_BELOW = {"()": "()", "rightopen": "()", "[]": "leftopen", "leftopen": "leftopen"}
+
+
+def without(interval, points):
+    """The union of intervals that is left of one where points are taken out of its inside."""
+    require(interval.kind in INTERVALS.values(), "no interval to take points out of")
+    parts = [interval]
+    for point in sorted(points.items, key=real_size):
+        last = parts.pop()
+        left, right = last.items
+        require(real_size(left) < real_size(point) < real_size(right), "a point at an end")
+        parts.append(Shape(OPEN_ABOVE[last.kind], (left, point)))
+        parts.append(Shape(OPEN_BELOW[last.kind], (point, right)))
+    return Shape("union", frozenset(parts))
+
+
+def real_size(value):
+    """A number without letters, or infinity, as a float."""
+    if value.kind == "infinity":
+        return math.inf if value == INFINITY else -math.inf
+    digits_of_value = digits(value.tree, {"pi_": DIGITS.pi(), "e_": DIGITS.e()})
+    require(digits_of_value.imag == 0, "a complex end of an interval")
+    return float(digits_of_value.real)
 
 
 def such(variable, condition):
@@ -1813,6 +1852,7 @@ def same_assignments(a, b):
         other = other.items
     names = [value.name for value in named.items]
     values = [value.items for value in named.items]
+    # x_1 = 1, x_2 = 2: the roots, in any order.
     are_roots = all(re.fullmatch(rf"{names[0][0]}_\w_", name) for name in names)
     if (
         are_roots and names[0][0] in "xyztw" and other.kind in ("list", "set")
