@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from numbers import Real
 from pathlib import Path
 
@@ -49,6 +49,7 @@ import mpmath
 #     style(completion) -> str                  names the strategy of a completion
 #     DOMAINS = ("math", ...)                   the strategies, in the order of tables
 #     INSTRUCTION = "..."                       follows the question in the prompt
+#     PERCENT = "either"                        without a judge: a percent sign may be left out
 # A *world* is a task file that brings a model of its own, which --model can name:
 #     make_policy(folder, seed=0, steps=None)   makes folder/policy and folder/traces.jsonl
 #     make_reader()                             what turns text and pictures into its input
@@ -172,10 +173,11 @@ class Task:
     is_grounding: bool = False  # an answer is a box in a picture
     thousandths: bool = False  # boxes are in thousandths of width and height, not in pixels
     reward_names: tuple = ()  # of the judge's numbers
+    percent: str = "value"  # what a percent sign means to judge_answer: see answers_equal
 
     def __post_init__(self):
         """Learn the names of the judge's numbers: it judges an empty and a right completion."""
-        self.judge_function = self.judge_function or judge_answer
+        self.judge_function = self.judge_function or partial(judge_answer, percent=self.percent)
         self.answer_function = self.answer_function or find_answer
         names = []
         for row in (self.train or self.test)[:1]:
@@ -233,6 +235,7 @@ HUB_SETS = {
     "refcoco+": {"test": "hub:lmms-lab/RefCOCOplus::val"},
     "refcocog": {"test": "hub:lmms-lab/RefCOCOg::val"},
 }
+PERCENT = dict.fromkeys(("gsm8k", "math"), "either")  # their own graders remove percent signs
 TASKS = ", ".join([*WORLDS, *HUB_SETS, "grounding"]) + ", or a task file (my_task.py)"
 
 
@@ -272,7 +275,7 @@ def load_task(name, train=None, test=None, splits=("train", "test"), seed=0):
         if not rows[split]:
             raise ValueError(f"{sources[split]}: no rows in it; expected JSONL rows of {fields}")
     if not is_grounding:
-        return Task(name, **rows, instruction=BOXED)
+        return Task(name, **rows, instruction=BOXED, percent=PERCENT.get(name, "value"))
     boxes = {"judge_function": judge_box, "answer_function": find_box, "is_grounding": True}
     return Task(name, **rows, **boxes, thousandths=unit == "1000")
 
@@ -307,6 +310,7 @@ def load_task_file(name, splits=("train", "test"), seed=0):
         judge_function=judge,
         answer_function=getattr(module, "answer", None),
         style_function=getattr(module, "style", None),
+        percent=getattr(module, "PERCENT", "value"),
     )
 
 
@@ -861,7 +865,8 @@ NAMES = words(
 COMMANDS = pairs(
     r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
     r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
-    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] approx@\approx simeq@\approx cong@\approx degree@^\circ prime@' colon@: "
+    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] simeq@\approx cong@\approx "
+    r"degree@^\circ prime@' colon@: "
     r"backslash@\setminus varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
     r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
     "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
@@ -968,6 +973,7 @@ REPEATING = r"(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}"
 DEGREE = r'\^ ?\{? ?\\circ ?\}?(?: ?"?([CF])"?(?![A-Za-z]))?'
 MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
+MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
 # fmt: off
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
 rule(r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
@@ -1011,7 +1017,7 @@ rule(r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}", r"\1\2 ", "x_{1}", "x_1")
 rule(r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}", "{1,2}", r"\{1,2\}")
 rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
 rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
-rule(r"(\d+) \"degree\" ?(\d+) ?'$", r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
+rule(MINUTES, r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
 rule(rf'^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
 rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
 # fmt: on
@@ -1950,22 +1956,114 @@ def verdict(answer, gold, percent):
 # ---- Finding the answer in a completion ----
 
 TAIL = 20_000  # characters: the answer stands at the end, and a bounded look takes bounded time
-FORMS = {  # \boxed{x}; #### x; the answer is x
-    "boxed": rf"\\f?boxed\s*(?=\{{({BRACED})\}})",
-    "hash": r"####[ \t]*([^\n]*)",
-    "phrase": r"(?im)\banswer(?:\s+is|\s*:)\s*:?([^\n]*?)(?=\.\s|\.?$)",
-}
+BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+BARE_BOX = re.compile(r"[-+]?[\w.,/%]*[\w%]")  # \boxed 7
+JOINED = re.compile(r"[\s$).]{0,9}(?:,|,?\s{0,9}(?:\\text\{ ?)?(?:and|or)\b ?\}?)[\s$(]{0,9}")
+HASH = re.compile(r"####[ \t]*([^\n]*)")
+HEADING = re.compile(r"(?:\d+\.\s+)?[A-Za-z]{2,}\b[ \t:.*]+\S")  # Step 2: Solve
+PHRASE = re.compile(r"(?i)\banswer\**\s*(?:\bis\b|\bwould be\b|\bwill be\b|[:=])[\s*:]*")
+SENTENCE = re.compile(r"[^\n]{0,500}?(?=\.\s|\.?\**$|,?\s(?:because|since|which|so)\b)", re.M)
+
+
+@dataclass
+class Box:
+    """A \\boxed{...} in a text."""
+
+    start: int
+    end: int = 0
+    content: str | None = None  # None: it was cut off
+
+
+def boxes_in(text):
+    """The boxes in a text, in order; of boxes in one another the innermost alone."""
+    closing = closing_braces(text)
+    boxes = []
+    for match in BOX_COMMAND.finditer(text):
+        box = Box(match.start())
+        opening = match.end()
+        bare = BARE_BOX.match(text, opening)
+        if opening in closing:
+            box.end = closing[opening] + 1
+            box.content = text[opening + 1 : closing[opening]]
+        elif bare:
+            box.end, box.content = bare.end(), bare[0]
+        is_inside = boxes and (boxes[-1].end > box.start or boxes[-1].content is None)
+        if is_inside and box.content is not None:
+            boxes.pop()
+        boxes.append(box)
+    return boxes
+
+
+def closing_braces(text):
+    """{place of an opening brace: place of the one that closes it}."""
+    closing = {}
+    opened = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
+
+
+def boxed_answer(text, as_list):
+    """What the last box holds; as_list: and the boxes before it that "and" joins to it."""
+    boxes = [box for box in boxes_in(text) if box.content is None or box.content.strip()]
+    if not boxes or boxes[-1].content is None:
+        return ""
+    answers = [boxes[-1].content]
+    for i in range(len(boxes) - 1, 0, -1):
+        before = boxes[i - 1]
+        if not as_list or not JOINED.fullmatch(text, before.end, boxes[i].start):
+            break
+        answers.insert(0, before.content)
+    return ", ".join(answers)
+
+
+def hash_answer(text, as_list):
+    """What stands behind the last ####, as GSM8K writes it, that is no heading."""
+    lines = [match[1].strip(" *") for match in HASH.finditer(text)]
+    answers = [line for line in lines if line and not HEADING.match(line)]
+    return answers[-1] if answers else ""
+
+
+def phrase_answer(text, as_list):
+    """What the last "the answer is" says, to the end of the sentence, or to its reason."""
+    for match in reversed(list(PHRASE.finditer(text))):
+        sentence = SENTENCE.match(text, match.end())
+        if sentence and sentence[0].strip(" *"):
+            return sentence[0].strip(" *")
+    return ""
+
+
+FORMS = {"boxed": boxed_answer, "hash": hash_answer, "phrase": phrase_answer}
 ACCEPTED = ("boxed", "hash", "phrase")  # by the built-in tasks, which ask for the first
 
 
-def extract_answer(text, how):
-    """The last answer in the form `how` (of several: in the first that occurs), or None."""
+def extract_answer(text, how, as_list=False):
+    """The last answer in the form `how` (of several: in the first that occurs), or None.
+
+    as_list: boxes joined by "and" are a list. Where the last box was cut off there is no answer:
+    nothing before it was meant to be one. Never raises, whatever the text.
+    """
+    try:
+        text = str(text)[-TAIL:]
+    except Exception:  # what cannot be a text, as an int of 5,000 digits
+        return None
     for form in [how] if isinstance(how, str) else how:
-        matches = re.finditer(FORMS[form], text[-TAIL:])
-        answers = [match[1].strip() for match in matches if match[1].strip()]
-        if answers:
-            return answers[-1].rstrip(",")
+        answer = FORMS[form](text, as_list).strip().rstrip(",")
+        boxes = boxes_in(text) if form == "boxed" else []
+        if answer or (boxes and boxes[-1].content is None):
+            return answer or None
     return None
+
+
+def is_list(gold):
+    """Whether a gold answer has several values."""
+    try:
+        return read_answer(tidy(str(gold))).value.kind in ("list", "set", "assignments")
+    except Exception:
+        return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1976,13 +2074,19 @@ def extract_answer(text, how):
 # (the questions), completion_ids, finish ("stop" or "length"); max_new_tokens is one number.
 
 
-def judge_answer(completion, row):
+ASKS_FOR_VALUE = re.compile(r"(?i)\b(?:fraction|decimal|ratio|probability)\b")
+
+
+def judge_answer(completion, row, percent="value"):
     """The judge of text: accuracy: the answer equals row["answer"]; answered: there is one, in any
-    of the ACCEPTED forms; format: in a box; undecided: the verifier cannot tell."""
+    of the ACCEPTED forms; format: in a box; undecided: the verifier cannot tell. percent: as in
+    answers_equal; a question that asks for a fraction or a decimal gets its value."""
     answer = find_answer(completion, row)
     if answer is None:
         return {"accuracy": 0.0, "answered": 0.0, "format": 0.0, "undecided": 0.0}
-    equal = answers_equal(answer, row["answer"])
+    if ASKS_FOR_VALUE.search(str(row.get("question"))):
+        percent = "value"
+    equal = answers_equal(answer, row["answer"], percent)
     is_boxed = extract_answer(completion, "boxed") is not None
     numbers = {"accuracy": float(equal is True), "answered": 1.0, "format": float(is_boxed)}
     return numbers | {"undecided": float(equal is None)}
@@ -1990,7 +2094,7 @@ def judge_answer(completion, row):
 
 def find_answer(completion, row):
     """The answer in a completion as text, or None."""
-    return extract_answer(completion, ACCEPTED)
+    return extract_answer(completion, ACCEPTED, as_list=is_list(row.get("answer")))
 
 
 def judge_box(completion, row):

@@ -250,7 +250,7 @@ def test_the_golds_of_math500_equal_no_other(golds):
     [
         (r"so \boxed{1} and \boxed{\frac{1}{2}}.", "boxed", r"\frac{1}{2}"),
         (r"\boxed{\{1,2\}}", "boxed", r"\{1,2\}"),
-        (r"\boxed{3} then \boxed{\frac{1}{2", "boxed", "3"),
+        (r"\boxed{3} then \boxed{\frac{1}{2", "boxed", None),
         (r"\boxed{\boxed{5}}", "boxed", "5"),
         (r"\boxed{}", "boxed", None),
         ("no box 5", "boxed", None),
