@@ -970,7 +970,7 @@ WORD = r'"?(?<![\\A-Za-z])(?:{})(?![A-Za-z])"?'  # quoted or not
 TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|mathrm) ?\{([^{}]*)\}"
 FRACTION = r"\\frac ?(?:\{(\d+)\} ?\{(\d+)\}|(\d)(\d)(?!\d))"
 REPEATING = r"(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}"
-DEGREE = r'\^ ?\{? ?\\circ ?\}?(?: ?"?([CF])"?(?![A-Za-z]))?'
+DEGREE = r'\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?"?([CF])"?(?![A-Za-z]))?'
 MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
@@ -988,8 +988,8 @@ rule(r"\\%", "%", r"50\%", "50%")
 rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?$", without_separators, "1 234 567", "1234567")
 # not in brackets, where commas separate
 rule(THOUSANDS, without_separators, "1,234", "1234")
-rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(\d[\d.]*)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
-rule(r"^([€£]) ?(\d[\d.]*)", r"\2 \1", "€5", "5 €")
+rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(-?\d[\d,]*(?:\.\d+)?)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
+rule(r"^([€£]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1", "€5", "5 €")
 rule("€", ' "euro" ', "5 €", '5 "euro"')
 rule("£", ' "pound" ', "5 £", '5 "pound"')
 rule(r"\\\$", ' "dollar" ', r"5\$", '5 "dollar"')
@@ -1014,7 +1014,7 @@ rule(f"{WORD.format('and')}|&", r"\\and ", '2 "and" 3', r"2 \and 3")
 rule(WORD.format("or"), r"\\or ", "2 or 3", r"2 \or 3")
 rule(WORD.format(f"({FUNCTIONS}|pi|sqrt)"), r"\\\1 ", "2sin(x)", r"2\sin (x)")
 rule(r"([_^]) ?\{ ?([A-Za-z0-9]) ?\}", r"\1\2 ", "x_{1}", "x_1")
-rule(r"^\{([^{}]*,[^{}]*)\}$", r"\\{\1\\}", "{1,2}", r"\{1,2\}")
+rule(rf"^\{{({BRACED})\}}$", r"\1", "{1,2}", "1,2")
 rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
 rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
 rule(MINUTES, r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
@@ -1068,8 +1068,9 @@ def split_tokens(text):
         require(kind != "other", "a sign that no answer has")
         is_spaced = match.start() > end
         end = match.end()
-        is_run = kind == "letters" and word not in KNOWN_UNITS and len(word) > 1
-        if is_run and (len(word) <= 3 or not re.search("[aeiou]", word)) and not word.isupper():
+        is_name = word.isupper() or (word.istitle() and len(word) > 2)
+        is_run = kind == "letters" and word not in KNOWN_UNITS and len(word) > 1 and not is_name
+        if is_run and (len(word) <= 3 or not re.search("[aeiou]", word)):
             tokens.append(Token(word[0], kind, is_spaced))
             tokens += [Token(letter, kind, False) for letter in word[1:]]
         else:
@@ -1139,6 +1140,8 @@ class Reader:
         """Whether factors side by side are a product for certain: 2x is, 2 3 and 1/2x are not."""
         are_numbers = factor[0] == "c" and is_constant(factor) and is_constant(words[-1])
         require(not are_numbers, "numbers in a row")
+        are_words = is_word(factor) or is_word(words[-1])
+        require(not are_words, "a word in a product")
         is_index = is_constant(factor) and not token.is_spaced and words[-1][-1] == "_"
         require(not is_index, "a number behind a letter")
         if words[-2:-1] == ["/"]:
@@ -1374,6 +1377,12 @@ def is_constant(word):
     return re.fullmatch("c[0-9]+|\\(c[0-9]+\\)", word) is not None
 
 
+def is_word(python):
+    """Whether a word of Python is one of English: apples_, but not x_, AB_, pi_ or x_max_."""
+    is_name = re.fullmatch("[A-Za-z]{2,}_", python) is not None
+    return is_name and not python.isupper() and python[:-1] not in NAMES
+
+
 def unit_name(word):
     """The name of a unit: cm, centimeters -> centimeter; of a counted noun itself, in singular."""
     if word in UNITS:
@@ -1459,6 +1468,8 @@ class Evaluator:
         if name[0] == "c" and name[1:].isdigit():
             return number(self.constants[int(name[1:])])
         require(name.endswith("_"), "a function of nothing")
+        if is_word(name):
+            return Shape("text", name[:-1].lower())
         return symbol("#" if name == self.bound else name)
 
     def signed(self, operation, operand):
@@ -1672,7 +1683,7 @@ class Reading:
 WORDS = re.compile("[A-Za-z\"' .-]*[A-Za-z]{2}[A-Za-z\"' .-]*")
 PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
-CHOICE = re.compile(r'\( ?"?([A-J])"? ?\) (.+)')
+CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 
 
 def read_answer(text, units=True, percent="value", short_units=True):
@@ -1685,19 +1696,27 @@ def read_answer(text, units=True, percent="value", short_units=True):
         return Reading(Shape("choice", None, text))
     choice = CHOICE.fullmatch(text)
     if choice:
-        reading = read_answer(choice[2], units, percent, short_units)
-        return Reading(Shape("choice", reading.value, choice[1]), reading.source)
+        letter, content = [group for group in choice.groups() if group]
+        reading = read_answer(content, units, percent, short_units)
+        return Reading(Shape("choice", reading.value, letter), reading.source)
 
     values = []
     has_signs = r"\pm" in text or r"\mp" in text  # then there are two values, by either sign
     for minus in (False, True)[: 1 + has_signs]:
         reader = Reader(text, minus, short_units)
         source = reader.sequence(END)
+        require(units or len(set(units_of_items(source))) <= 1, "different units that do not count")
         evaluator = Evaluator(reader.constants, units, percent)
         items = ast.parse(f"[{source},]", mode="eval").body.elts
         by_sign = [evaluator.value(item) for item in items]
         values += [value for value in by_sign if not minus or value not in values]
     return Reading(bare_list(values), source)
+
+
+def units_of_items(source):
+    """The units of each item of a list in Python, as a text."""
+    items = re.split(r",| and | or ", source)
+    return [" ".join(re.findall(r"\bu_\w+", item)) for item in items]
 
 
 def bare_list(values):
@@ -1962,6 +1981,7 @@ JOINED = re.compile(r"[\s$).]{0,9}(?:,|,?\s{0,9}(?:\\text\{ ?)?(?:and|or)\b ?\}?
 HASH = re.compile(r"####[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:\d+\.\s+)?[A-Za-z]{2,}\b[ \t:.*]+\S")  # Step 2: Solve
 PHRASE = re.compile(r"(?i)\banswer\**\s*(?:\bis\b|\bwould be\b|\bwill be\b|[:=])[\s*:]*")
+SAYS = re.compile(r"\b(?:is|are)\b")
 SENTENCE = re.compile(r"[^\n]{0,500}?(?=\.\s|\.?\**$|,?\s(?:because|since|which|so)\b)", re.M)
 
 
@@ -2031,8 +2051,8 @@ def phrase_answer(text, as_list):
     """What the last "the answer is" says, to the end of the sentence, or to its reason."""
     for match in reversed(list(PHRASE.finditer(text))):
         sentence = SENTENCE.match(text, match.end())
-        if sentence and sentence[0].strip(" *"):
-            return sentence[0].strip(" *")
+        if sentence and sentence[0].strip(" *"):  # the largest n is 34
+            return SAYS.split(sentence[0])[-1].strip(" *")
     return ""
 
 
