@@ -1555,6 +1555,8 @@ class Evaluator:
         if function and count == 1:
             evaluator = Evaluator(self.constants, self.units, self.percent, function[2])
             bound = evaluator.value(nodes[-1])
+            is_clear = bound != sides[-1] or not Reading(None, ast.unparse(nodes[-1])).letters
+            require(is_clear, "a function of one letter whose value has another")
             names[0] = f"{function[1]}()"
         return Shape("is", sides[-1], " = ".join(names[:count]), bound)
 
