@@ -493,7 +493,7 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 #
 # Of functions the residue knows little: sin x is a random number. Where residues differ and there
 # are functions, roots or powers with letters, both sides are computed to 160 digits, at several
-# random points if they have letters: they are equal if they agree at each to 120 digits, and all
+# random points if they have letters: they are equal if they agree at each to 100 digits, and all
 # numbers on the way have fewer than 40 (so that nothing can be too small to be seen).
 #
 # What does not parse, is too large or has two readings is *undecided*, and never equal. A reader
@@ -664,6 +664,11 @@ def factorial_residue(n):
     return math.factorial(n) % PRIME
 
 
+@lru_cache(maxsize=256)
+def binomial(n, k):
+    return math.comb(n, k)
+
+
 def call_function(name, arguments):
     """A function of numbers where we can expand it, else the random number of its value."""
     x, *others = arguments
@@ -686,7 +691,7 @@ def call_function(name, arguments):
     if name == "binom":
         chosen = others[0].fraction()
         if is_whole and chosen is not None and 0 <= chosen <= fraction <= MAX_FACTORIAL:
-            return number(math.comb(fraction.numerator, chosen.numerator))
+            return number(binomial(fraction.numerator, chosen.numerator))
     require(len(others) == (name == "binom"), "a function of several values")
     return unknown(name, *arguments)
 
@@ -695,7 +700,7 @@ def call_function(name, arguments):
 
 DIGITS = mpmath.MPContext()
 DIGITS.dps = 160
-CLOSE, LARGEST = DIGITS.mpf(10) ** -120, DIGITS.mpf(10) ** 40
+CLOSE, LARGEST = DIGITS.mpf(10) ** -100, DIGITS.mpf(10) ** 40
 SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of letters, in turn
 TRIGONOMETRIC = {"sin", "cos", "tan", "sinh", "cosh", "tanh"}
 RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin"}
@@ -775,6 +780,8 @@ def digits(tree, values):
     else:
         operands = [digits(operand, values) for operand in tree[1:]]
         value = digits_of(tree[0], *operands)
+        if tree[0] not in ("*", "/", "^") and abs(value) < CLOSE:  # sin(pi), or what cancels out
+            value = DIGITS.mpf(0)
     size = abs(value)
     require(size == 0 or 1 / LARGEST < size < LARGEST, "a number too large or too small")
     return value
