@@ -2036,10 +2036,15 @@ def closing_braces(text):
 
 
 def boxed_answer(text, as_list):
-    """What the last box holds; as_list: and the boxes before it that "and" joins to it."""
+    """What the last box holds; as_list: and the boxes before it that "and" joins to it.
+
+    None where the last box was cut off: then nothing before it was meant to be the answer.
+    """
     boxes = [box for box in boxes_in(text) if box.content is None or box.content.strip()]
-    if not boxes or boxes[-1].content is None:
+    if not boxes:
         return ""
+    if boxes[-1].content is None:
+        return None
     answers = [boxes[-1].content]
     for i in range(len(boxes) - 1, 0, -1):
         before = boxes[i - 1]
@@ -2072,18 +2077,19 @@ ACCEPTED = ("boxed", "hash", "phrase")  # by the built-in tasks, which ask for t
 def extract_answer(text, how, as_list=False):
     """The last answer in the form `how` (of several: in the first that occurs), or None.
 
-    as_list: boxes joined by "and" are a list. Where the last box was cut off there is no answer:
-    nothing before it was meant to be one. Never raises, whatever the text.
+    as_list: boxes joined by "and" are a list. Where the last box was cut off there is no answer.
+    Never raises, whatever the text.
     """
     try:
         text = str(text)[-TAIL:]
     except Exception:  # what cannot be a text, as an int of 5,000 digits
         return None
     for form in [how] if isinstance(how, str) else how:
-        answer = FORMS[form](text, as_list).strip().rstrip(",")
-        boxes = boxes_in(text) if form == "boxed" else []
-        if answer or (boxes and boxes[-1].content is None):
-            return answer or None
+        answer = FORMS[form](text, as_list)
+        if answer is None:
+            return None
+        if answer.strip(" ,\n"):
+            return answer.strip().rstrip(",")
     return None
 
 

@@ -93,7 +93,7 @@ IDENTITIES = [
 def expressions(count, seed):
     """Random expressions in brackets: a letter, a fraction, a root, a sum or a power of them."""
     generator = random.Random(seed)
-    leaves = ["x", "y", "3", r"\frac{2}{5}", r"\sqrt{2}", r"\pi", "0.75", "a_1"]
+    leaves = ["x", "y", "3", r"\frac{2}{5}", r"\sqrt{2}", r"\frac{\pi}{5}", "0.75", "a_1"]
     for _ in range(count):
         a, b = generator.sample(leaves, 2)
         n = generator.randint(2, 9)
