@@ -900,7 +900,7 @@ UNIT_NAMES = set(UNITS.values()) | set(
     )
 )
 KNOWN_UNITS = UNITS.keys() | UNIT_NAMES
-SHORT_UNITS = words("m s g L h N J W V A K")  # only right after a number: 5 m, but not 5m
+SHORT_UNITS = words("m s g L h N J W V")  # only right after a number: 5 m, but not 5m
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 COUNTED = (  # plurals that are numbers themselves: 3 tens, 5 halves, 2 sevenths, 4 pairs
     r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|elevens|twelves|twenties|"
@@ -1025,7 +1025,7 @@ rule(rf"^\{{({BRACED})\}}$", r"\1", "{1,2}", "1,2")
 rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
 rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
 rule(MINUTES, r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
-rule(rf'^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
+rule(rf'(?i)^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
 rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
 # fmt: on
 
@@ -1785,6 +1785,8 @@ def same(a, b):  # noqa: C901  one case for each pair of kinds
         return same(a.bound, b.bound)
     if kinds == {"is", "equation"}:
         return same_equation(a, b)
+    if kinds == {"equation", "number"}:
+        return same_curve(a, b)
     if "is" in kinds and kinds & {"Lt", "LtE"}:
         return same_relation(inequality_of(a), inequality_of(b))
     if "is" in kinds:
@@ -1911,6 +1913,16 @@ def same_equation(a, b):
     return True if ratio.fraction() is not None else None
 
 
+def same_curve(a, b):
+    """Whether an equation of x and y is y = v, of a bare v with x alone."""
+    equation, value = (a, b) if a.kind == "equation" else (b, a)
+    letters = {name for (name,) in leaves(value.tree, "symbol")} - {"pi_", "e_"}
+    names = {name for (name,) in leaves(equation.items.tree, "symbol")} - {"pi_", "e_"}
+    if letters != {"x_"} or names != {"x_", "y_"}:
+        return None
+    return same_equation(equation, Shape("is", value, "y_"))
+
+
 def inequality_of(value):
     """The inequality of a name that lies in an interval with one end; of others themselves."""
     if value.kind != "is":
@@ -1934,7 +1946,8 @@ def same_relation(a, b):
 
 
 def compact(text):
-    """A tidy text without the spaces that separate nothing."""
+    """A tidy text without the spaces and braces that separate nothing."""
+    text = re.sub(r"(\\[A-Za-z]+) ?\{ ?(\w) ?\}", r"\1 \2 ", text)
     return re.sub("(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
 
