@@ -1437,6 +1437,7 @@ class Evaluator:
     units: bool = True  # otherwise each unit is 1
     percent: str = "value"  # 50% is 0.5; "sign": it is 50
     bound: str = ""  # the name of a letter that is called # instead
+    variable: str = ""  # in a condition: the only letter that it is about
 
     def value(self, node):
         """The value of a node: a Number or a Shape."""
@@ -1507,7 +1508,7 @@ class Evaluator:
     def called(self, name, nodes):
         """The value of a function, a shape, or an unknown function f_(x)."""
         if name == "such":
-            return such(*self.values(nodes))
+            return self.such(*nodes)
         values = self.values(nodes)
         if name in ("leftopen", "rightopen"):
             require(len(values) == 2, "an interval of two ends")
@@ -1527,6 +1528,22 @@ class Evaluator:
         value = unknown(name, *values)
         return Number(value.real, 0, ("?", name, *[argument.tree for argument in values]))
 
+    def such(self, variable, condition):
+        """The set of a variable with a condition: the interval in which the condition says it is.
+
+        The variable may be said to be real; any other set of numbers is left undecided.
+        """
+        if isinstance(variable, ast.Compare):
+            is_real = self.value(variable).items == REALS
+            require(is_real, "a variable in another set")
+            variable = variable.left
+        name = name_of(variable)
+        require(name, "no variable")
+        value = dataclasses.replace(self, variable=name).value(condition)
+        require(value.kind == "is" and value.name == name, "a condition on something else")
+        require(is_set_of_numbers(value.items), "a condition that is no interval")
+        return value.items
+
     def relation(self, node):
         """What a chain of relations says: an equation, what a name is, or in which set it lies."""
         nodes = [node.left, *node.comparators]
@@ -1535,6 +1552,8 @@ class Evaluator:
             nodes = nodes[::-1]
             signs = [sign.replace("G", "L") for sign in signs[::-1]]
         names = [name_of(side) for side in nodes]
+        if self.variable:
+            names = [name if name == self.variable else "" for name in names]
         if set(signs) == {"Eq"}:
             return self.equation(nodes, names)
         if signs in (["In"], ["NotEq"]):
@@ -1643,17 +1662,6 @@ def real_size(value):
     return float(digits_of_value.real)
 
 
-def such(variable, condition):
-    """The set of a variable with a condition: the interval in which the condition says it is."""
-    is_real = variable.kind == "is" and variable.items == REALS
-    require(variable.kind == "number" or is_real, "no variable")
-    require(condition.kind == "is", "a condition that names nothing")
-    name = variable.name if is_real else variable.tree[-1]
-    require(name == condition.name, "a condition on something else")
-    require(is_set_of_numbers(condition.items), "a condition that is no interval")
-    return condition.items
-
-
 def has_units(operand):
     """Whether units stand in an operand of a sum; of a sum in it, its own operands are asked."""
     is_sum = isinstance(getattr(operand, "op", None), SUMS)
@@ -1699,6 +1707,10 @@ def read_answer(text, units=True, percent="value", short_units=True):
     """The Reading of a tidy answer. Several items are a bare list. ValueError if there is none."""
     if WORDS.fullmatch(text) and not PRODUCT.fullmatch(text):
         return Reading(Shape("text", re.sub("[\"' .]", "", text.lower())))
+    if ":" in text and "\\" in text and r"\{" not in text:  # a ratio of values
+        parts = [read_answer(part, units, percent, short_units) for part in text.split(":")]
+        source = " ".join(part.source for part in parts)
+        return Reading(Shape("ratio", tuple(part.value for part in parts)), source)
     if ":" in text and r"\{" not in text:  # a ratio, a time
         return Reading(Shape("text", re.sub("[\"' ]", "", text.lower())))
     if re.fullmatch("[A-J]", text):
@@ -1730,6 +1742,11 @@ def units_of_items(source):
 
 def bare_list(values):
     """What values side by side are: a list, a union of sets, or values of one or of more names."""
+    if len(values) > 1 and values[0].kind == "is" and values[0].name.startswith("("):
+        others = {value.name for value in values if value.kind == "is"} - {values[0].name}
+        require(not others, "values of several names")
+        solutions = [unnamed(value) for value in values]  # (x, y) = (1, 2), (3, 4)
+        return Shape("is", Shape("list", tuple(solutions)), values[0].name)
     values = [item for value in values for item in assignments(value)]
     names = [value.name for value in values if value.kind == "is"]
     if len(values) == 1:
