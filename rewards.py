@@ -492,9 +492,9 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 # up to 40 digits for certain, all others but for odds below 1e-60 (Schwartz 1980).
 #
 # Of functions the residue knows little: sin x is a random number. Where residues differ and there
-# are functions, roots or powers with letters, both sides are computed to 160 digits, at several
-# random points if they have letters: they are equal if they agree at each to 100 digits, and all
-# numbers on the way have fewer than 40 (so that nothing can be too small to be seen).
+# are functions, roots or powers with letters, both sides are computed to 120 digits, at several
+# random points if they have letters: they are equal if they agree at each to 80 digits, and all
+# numbers on the way have fewer than 30 (so that nothing can be too small to be seen).
 #
 # What does not parse, is too large or has two readings is *undecided*, and never equal. A reader
 # who wants the method only can go on with part 4.
@@ -699,9 +699,10 @@ def call_function(name, arguments):
 # ---- Digits: what residues cannot tell ----
 
 DIGITS = mpmath.MPContext()
-DIGITS.dps = 160
-CLOSE, LARGEST = DIGITS.mpf(10) ** -100, DIGITS.mpf(10) ** 40
-SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of letters, in turn
+DIGITS.dps = 120
+CLOSE, LARGEST = DIGITS.mpf(10) ** -80, DIGITS.mpf(10) ** 30
+SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of the letters, in turn, at each point
+BRANCHING = {"abs", "ln", "log", "arcsin", "arccos", "arctan"}  # may agree on one side of a point
 TRIGONOMETRIC = {"sin", "cos", "tan", "sinh", "cosh", "tanh"}
 RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin"}
 INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
@@ -742,33 +743,83 @@ def count_functions(tree):
     return (tree[0] not in "+-*/") + sum(map(count_functions, tree[1:]))
 
 
+def is_branching(tree):
+    """Whether a tree has a function, or a power of letters, that has several branches."""
+    if not isinstance(tree, tuple) or tree[0] in ("symbol", "i"):
+        return False
+    if tree[0] == "^" and not is_whole_number(tree[2]) and letters_of(tree[1]):
+        return True
+    return tree[0] in BRANCHING or any(map(is_branching, tree[1:]))
+
+
+def letters_of(tree):
+    """The names of the letters in a tree."""
+    return {name for (name,) in leaves(tree, "symbol")} - {"pi_", "e_"}
+
+
+def largest_constant(tree):
+    """The largest absolute value of the fractions in a tree."""
+    if isinstance(tree, Fraction):
+        return abs(tree)
+    if tree[0] in ("symbol", "i"):
+        return 0
+    return max(map(largest_constant, [item for item in tree[1:] if not isinstance(item, str)]))
+
+
 def same_digits(a, b):
-    """Whether two trees have the same value: True, False, or None if that is not certain."""
+    """Whether two trees have the same value: True, False, or None if that is not certain.
+
+    Letters take random values near 1, of all signs. |x + 10| and x + 10 agree at these: where there
+    are branches, values beyond all constants are tried, too.
+    """
     require(count_functions(a) + count_functions(b) <= MAX_FUNCTIONS, "long computations")
-    letters = {name for (name,) in leaves(a, "symbol") | leaves(b, "symbol")}
-    letters -= {"pi_", "e_"}
-    is_constant = not letters and not leaves(a, "?") and not leaves(b, "?")
-    agreed = 0
-    for point, signs in enumerate(SIGNS_OF_POINTS):
-        values = {"pi_": DIGITS.pi(), "e_": DIGITS.e()}
-        for index, name in enumerate(sorted(letters)):
-            size = (random_digits(f"{name} {point}") + point) / 2  # in (0, 1/2), ... (3/2, 2)
-            values[name] = signs[index % 2] * size
-        try:
-            left, right = digits(a, values), digits(b, values)
-        except (ValueError, ZeroDivisionError, OverflowError, TypeError):
-            continue  # not defined there, or too large
-        is_close = abs(left - right) <= CLOSE * max(1, abs(left), abs(right))
-        if is_constant:
-            return is_close
-        if not is_close:
-            return None  # maybe equal where they are asked for: n whole, x positive
-        agreed += 1
-    return True if agreed >= 3 else None
+    letters = letters_of(a) | letters_of(b)
+    if not letters and not leaves(a, "?") and not leaves(b, "?"):
+        return agree(a, b, {})
+    scales = [dict.fromkeys(letters, 1)]
+    if is_branching(a) or is_branching(b):
+        large = 10 * max(10, largest_constant(a), largest_constant(b))
+        bases = letters.copy()
+        for _, exponent in leaves(a, "^") | leaves(b, "^"):  # these would make huge powers
+            bases -= letters_of(exponent)
+        scales.append(scales[0] | dict.fromkeys(bases, large))
+    for scale_of in scales:
+        agreed = 0
+        for point in random_points(scale_of):
+            are_close = agree(a, b, point)
+            if are_close is False:
+                return None  # maybe equal where they are asked for: n whole, x positive
+            agreed += are_close is True
+        if agreed < 3:
+            return None
+    return True
+
+
+def random_points(scale_of):
+    """{letter: value} of four points, which grow up to 8 times the scale_of each letter."""
+    for k, signs in enumerate(SIGNS_OF_POINTS):
+        point = {}
+        for index, (name, scale) in enumerate(sorted(scale_of.items())):
+            size = (1 + random_digits(f"{name} {k}")) * 2**k / 2
+            point[name] = signs[index % 2] * size * scale.numerator / scale.denominator
+        yield point
+
+
+def agree(a, b, point):
+    """Whether two trees have the same value where letters have the values of a point.
+
+    None where one is not defined or too large.
+    """
+    values = {"pi_": DIGITS.pi(), "e_": DIGITS.e(), **point}
+    try:
+        left, right = digits(a, values), digits(b, values)
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError):
+        return None
+    return bool(abs(left - right) <= CLOSE * max(1, abs(left), abs(right)))
 
 
 def digits(tree, values):
-    """The value of a tree to 160 digits, complex where it must be. ValueError if it is large."""
+    """The value of a tree to 120 digits, complex where it must be. ValueError if it is large."""
     if isinstance(tree, Fraction):
         value = DIGITS.mpf(tree.numerator) / tree.denominator
     elif tree[0] == "symbol":
@@ -1053,7 +1104,6 @@ BINARY = pairs(
 )
 BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
-WORDS_OF_PYTHON = {"in", "and", "or"}
 APPLIED = set("fghFGHPQRTC") | {"phi", "varphi", "psi", "sigma", "tau", "Gamma", "zeta", "mu"}
 NEVER_APPLIED = {"pi", "e", "i"}
 DECORATED = words("overline vec bar hat widehat tilde dot angle triangle underline overrightarrow")
@@ -1086,7 +1136,7 @@ def split_tokens(text):
 
 
 class Reader:
-    """Spells a tidy answer as Python: 2x as c0*x_, \\frac12 as ((c0)/(c1)), 5 cm as c0*u_cm.
+    """Spells a tidy answer as Python: 2x as c0*x_, \\frac12 as ((c0)/(c1)), 5 m as c0*u0_meter.
 
     c0, c1, ... are its `constants`. ValueError for what has no reading, or more than one.
     """
@@ -1100,6 +1150,7 @@ class Reader:
         self.position = 0
         self.constants = []
         self.short_units = short_units
+        self.is_power = False  # whether the last factor ends with an exponent
         self.in_function = 0  # how many functions the next token is an argument of
         openings = [token for token in self.tokens if token.text in ("(", "[", "{", r"\{")]
         require(len(openings) <= MAX_BRACKETS, "too many brackets")
@@ -1119,6 +1170,18 @@ class Reader:
     def expect(self, text):
         require(self.take().text == text, f"no {text} where one must be")
 
+    def is_at_end(self):
+        """Whether a unit may end here: with a square or a cube, and with a unit that divides it."""
+        following = self.position
+        if self.next == "^" and self.tokens[following + 1].text in ("2", "3"):
+            following += 2
+        token = self.tokens[following]
+        if token.text == "/":
+            divisor = self.tokens[following + 1]
+            is_noun = len(divisor.text) > 3 or divisor.kind == "word"
+            return divisor.text in KNOWN_UNITS or (divisor.text.isalpha() and is_noun)
+        return token.text in (END, ",", ")", "]", "}", r"\}", r"\and", r"\or", r"\cup")
+
     def constant(self, value):
         self.constants.append(Fraction(int(value) if str(value).isdigit() else value))
         return f"c{len(self.constants) - 1}"
@@ -1136,6 +1199,7 @@ class Reader:
                 words[-1] = self.postfix(words[-1], token)
             else:
                 factor = self.factor(token, words, is_factor)
+                self.is_power = False
                 if is_factor:
                     self.require_product(words, factor, token)
                     words.append("*")
@@ -1153,16 +1217,18 @@ class Reader:
         require(not is_index, "a number behind a letter")
         if words[-2:-1] == ["/"]:
             is_number = is_constant(words[-1]) and is_constant(words[-3])
-            is_clear = factor.startswith("u_") or (is_number and token.is_spaced)
+            is_clear = factor.startswith("u0_") or (is_number and token.is_spaced)
             require(is_clear, "a product in a denominator, or after it")
 
     def postfix(self, word, token):
         """Python for a factor with an exponent, a factorial or a percent behind it."""
         if token.text == "^":
-            return f"{word}**{self.exponent()}"
-        require("**" not in word or word[-1] == ")" == word[0], "a factorial of a power")
+            power = f"{word}**{self.exponent()}"
+            self.is_power = True
+            return power
+        require(not self.is_power, "a factorial of a power, or of its exponent")
         if token.text == "!":
-            require(self.next != "!" and word[-2:] != "!)", "a double factorial")
+            require(self.next != "!", "a double factorial")
             return f"factorial({word})"
         return f"percent({word})"
 
@@ -1200,7 +1266,7 @@ class Reader:
             self.expect("}")
             return inner if is_constant(inner) else f"({inner})"
         if token.text == r"\{":
-            return self.set()
+            return self.braces()
         if token.text == "|":
             inner = self.sequence("|")
             self.expect("|")
@@ -1218,7 +1284,7 @@ class Reader:
         require(kind in BRACKETS, "brackets that do not match")
         return BRACKETS[kind].format(inner)
 
-    def set(self):
+    def braces(self):
         """Python for a set: its elements, or a variable and a condition."""
         inner = self.sequence(r"\}", "|", ":")
         if self.take().text == r"\}":
@@ -1250,7 +1316,7 @@ class Reader:
         name = unit_name(token.text)
         if name == "degree" and self.in_function:
             return f"(pi_/{self.constant(180)})"
-        return f"u_{name}"
+        return f"u0_{name}"  # no letter has a digit there
 
     def letter(self, token):
         """Python for a letter or a word, with its index, or for the value of a function f(...)."""
@@ -1336,10 +1402,9 @@ class Reader:
             else:
                 require(name == "log", "an index of a function")
                 base = f", {self.argument()}"
-        is_inverse = exponent and exponent.startswith(("(-", "((-"))
-        if is_inverse:
-            require(f"arc{name}" in FUNCTION_NAMES, "an inverse, or a power")
-            require(self.constants[-1] == 1, "an inverse, or a power")
+        if "-" in exponent:
+            is_inverse = re.fullmatch(r"\(+- ?c[0-9]+\)+", exponent) and self.constants[-1] == 1
+            require(is_inverse and f"arc{name}" in FUNCTION_NAMES, "an inverse, or a power")
             name, exponent = f"arc{name}", ""
 
         self.in_function += 1
@@ -1365,7 +1430,11 @@ class Reader:
             if words and token.text in ("^", "!"):
                 words[-1] = self.postfix(words[-1], token)
             else:
-                words.append(self.factor(token, words, bool(words)))
+                factor = self.factor(token, words, bool(words))
+                self.is_power = False
+                if words:
+                    self.require_product(words, factor, token)
+                words.append(factor)
         is_clear = self.next not in ("(", "[", "/", "{", "|", "%")
         require(words and is_clear, "a function of an argument whose end is not certain")
         return sign + "*".join(words)
@@ -1403,11 +1472,11 @@ def unit_name(word):
 def is_unit(token, words, is_factor, reader):
     """Whether a word is a unit: a known one, or a plural noun, behind a value and before an end."""
     word = token.text
-    is_behind_unit = len(words) > 1 and words[-1] == "/" and words[-2].startswith("u_")
+    is_behind_unit = len(words) > 1 and words[-1] == "/" and words[-2].startswith("u0_")
     if unit_name(word) == "degree" and is_factor:
         return True
-    is_last = reader.next in (END, ",", ")", "]", "}", r"\}", "^", "/", r"\and", r"\or", r"\cup")
-    if not is_last or not (is_factor or is_behind_unit):
+    is_at_end = reader.is_at_end() and not reader.in_function
+    if not is_at_end or not (is_factor or is_behind_unit):
         return False
     if word in SHORT_UNITS and token.kind != "word" and not is_behind_unit:
         is_number = is_constant(words[-1])
@@ -1471,7 +1540,7 @@ class Evaluator:
         """The value of a constant, a letter or a unit."""
         if name in CONSTANTS:
             return CONSTANTS[name]
-        if name.startswith("u_"):
+        if name.startswith("u0_"):
             return symbol(name) if self.units else ONE
         if name[0] == "c" and name[1:].isdigit():
             return number(self.constants[int(name[1:])])
@@ -1665,7 +1734,7 @@ def real_size(value):
 def has_units(operand):
     """Whether units stand in an operand of a sum; of a sum in it, its own operands are asked."""
     is_sum = isinstance(getattr(operand, "op", None), SUMS)
-    return not is_sum and re.search(r"\bu_", ast.unparse(operand)) is not None
+    return not is_sum and re.search(r"\bu0_", ast.unparse(operand)) is not None
 
 
 def name_of(node):
@@ -1689,7 +1758,7 @@ class Reading:
 
     @property
     def has_units(self):
-        return re.search(r"\bu_", self.source) is not None
+        return re.search(r"\bu0_", self.source) is not None
 
     @property
     def letters(self):
@@ -1697,7 +1766,7 @@ class Reading:
         return set(re.findall(r"\b([A-Za-z])_", self.source))
 
 
-WORDS = re.compile("[A-Za-z\"' .-]*[A-Za-z]{2}[A-Za-z\"' .-]*")
+WORDS = re.compile("[A-Za-z\"' .]*[A-Za-z]{2}[A-Za-z\"' .]*")
 PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
@@ -1737,7 +1806,7 @@ def read_answer(text, units=True, percent="value", short_units=True):
 def units_of_items(source):
     """The units of each item of a list in Python, as a text."""
     items = re.split(r",| and | or ", source)
-    return [" ".join(re.findall(r"\bu_\w+", item)) for item in items]
+    return [" ".join(re.findall(r"\bu0_\w+", item)) for item in items]
 
 
 def bare_list(values):
@@ -1933,9 +2002,7 @@ def same_equation(a, b):
 def same_curve(a, b):
     """Whether an equation of x and y is y = v, of a bare v with x alone."""
     equation, value = (a, b) if a.kind == "equation" else (b, a)
-    letters = {name for (name,) in leaves(value.tree, "symbol")} - {"pi_", "e_"}
-    names = {name for (name,) in leaves(equation.items.tree, "symbol")} - {"pi_", "e_"}
-    if letters != {"x_"} or names != {"x_", "y_"}:
+    if letters_of(value.tree) != {"x_"} or letters_of(equation.items.tree) != {"x_", "y_"}:
         return None
     return same_equation(equation, Shape("is", value, "y_"))
 
@@ -1974,6 +2041,8 @@ def answers_equal(answer, gold, percent="value"):
     percent: "value": 25% is 0.25, and not 25. "either": a percent sign may also be left out, as in
     the benchmarks whose own graders remove it: 25% is 0.25, and it equals 25.
     """
+    if answer is None or gold is None:
+        return None
     try:
         return verdict(str(answer).strip(), str(gold).strip(), percent)
     except Exception:
@@ -1982,7 +2051,7 @@ def answers_equal(answer, gold, percent="value"):
 
 def verdict(answer, gold, percent):
     """answers_equal of two texts, which may raise."""
-    if not answer or not gold or "None" in (answer, gold):
+    if not answer or not gold:
         return None
     if answer == gold:
         return True
