@@ -1854,6 +1854,9 @@ def unnamed(value):
 
 # ---- Equality ----
 
+# Of these, two of different kinds are different; of other kinds they may be two forms of one.
+NEVER_THE_SAME = {"number", "infinity", "list", *INTERVALS.values()}
+
 
 def same(a, b):  # noqa: C901  one case for each pair of kinds
     """Whether two values are equal: True, False, or None if that is not certain."""
@@ -1885,8 +1888,8 @@ def same(a, b):  # noqa: C901  one case for each pair of kinds
         return True
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
-    if len(kinds) > 1:  # a number is no list or tuple, whatever else may be the same
-        return False if kinds <= {"number", "list", "()", "[]", "infinity"} else None
+    if len(kinds) > 1:
+        return False if kinds <= NEVER_THE_SAME else None
     if a.name != b.name or a.kind in ("text", "infinity"):
         return False
     if a.kind == "list":
