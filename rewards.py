@@ -703,9 +703,11 @@ DIGITS.dps = 120
 CLOSE, LARGEST = DIGITS.mpf(10) ** -80, DIGITS.mpf(10) ** 30
 SIGNS_OF_POINTS = ((1, 1), (-1, 1), (-1, -1), (1, -1))  # of the letters, in turn, at each point
 BRANCHING = {"abs", "ln", "log", "arcsin", "arccos", "arctan"}  # may agree on one side of a point
-TRIGONOMETRIC = {"sin", "cos", "tan", "sinh", "cosh", "tanh"}
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+WITH_DIGITS = {"abs": abs, "ln": DIGITS.ln, "arcsin": DIGITS.asin, "arccos": DIGITS.acos}
+WITH_DIGITS |= {"arctan": DIGITS.atan, "sin": DIGITS.sin, "cos": DIGITS.cos, "tan": DIGITS.tan}
+WITH_DIGITS |= {"sinh": DIGITS.sinh, "cosh": DIGITS.cosh, "tanh": DIGITS.tanh}
 RECIPROCALS = {"cot": "tan", "sec": "cos", "csc": "sin"}
-INVERSES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 
 
 def is_rational(tree):
@@ -838,36 +840,23 @@ def digits(tree, values):
     return value
 
 
-def digits_of(operation, x, *others):  # noqa: C901  one case for each operation
+def digits_of(operation, x, *others):
     """The value of an operation or a function of numbers with many digits."""
-    match operation:
-        case "+":
-            return x + others[0]
-        case "-":
-            return x - others[0]
-        case "*":
-            return x * others[0]
-        case "/":
-            return x / others[0]
-        case "^":
-            return digits_power(x, others[0])
-        case "abs":
-            return abs(x)
-        case "ln":
-            return DIGITS.ln(x)
-        case "log":  # base 10 or e: unknown
-            return DIGITS.ln(x) * random_digits("log")
-        case "factorial":
-            return digits_factorial(x)
-        case "binom":
-            k = others[0]
-            return digits_factorial(x) / digits_factorial(k) / digits_factorial(x - k)
-    if operation in TRIGONOMETRIC:
-        return getattr(DIGITS, operation)(x)
+    if operation in ARITHMETIC:
+        return ARITHMETIC[operation](x, *others)
+    if operation == "^":
+        return digits_power(x, *others)
+    if operation in WITH_DIGITS:
+        return WITH_DIGITS[operation](x)
     if operation in RECIPROCALS:
-        return 1 / getattr(DIGITS, RECIPROCALS[operation])(x)
-    require(operation in INVERSES, "a function without digits")
-    return getattr(DIGITS, INVERSES[operation])(x)
+        return 1 / WITH_DIGITS[RECIPROCALS[operation]](x)
+    if operation == "log":  # to base 10 or e: it is not known which
+        return DIGITS.ln(x) * random_digits("log")
+    if operation == "factorial":
+        return digits_factorial(x)
+    require(operation == "binom", "a function without digits")
+    k = others[0]
+    return digits_factorial(x) / digits_factorial(k) / digits_factorial(x - k)
 
 
 def random_digits(name, *arguments):
@@ -1856,9 +1845,10 @@ def unnamed(value):
 
 # Of these, two of different kinds are different; of other kinds they may be two forms of one.
 NEVER_THE_SAME = {"number", "infinity", "list", *INTERVALS.values()}
+RELATIONS = {"equation", "unequal", "Lt", "LtE"}
 
 
-def same(a, b):  # noqa: C901  one case for each pair of kinds
+def same(a, b):
     """Whether two values are equal: True, False, or None if that is not certain."""
     kinds = {a.kind, b.kind}
     if kinds == {"number"}:
@@ -1867,29 +1857,41 @@ def same(a, b):  # noqa: C901  one case for each pair of kinds
         return same_choice(a, b)
     if "assignments" in kinds:
         return same_assignments(a, b)
-    if kinds == {"is"} and a.name != b.name:
-        is_equation = a.items.kind == b.items.kind == "number" and "(" not in a.name + b.name
-        return same_equation(a, b) if is_equation else False
-    if kinds == {"is"} and a.bound and b.bound:
-        return same(a.bound, b.bound)
-    if kinds == {"is", "equation"}:
-        return same_equation(a, b)
+    if "is" in kinds:
+        return same_named(a, b)
     if kinds == {"equation", "number"}:
         return same_curve(a, b)
-    if "is" in kinds and kinds & {"Lt", "LtE"}:
-        return same_relation(inequality_of(a), inequality_of(b))
-    if "is" in kinds:
-        return same(unnamed(a), unnamed(b))
-    if len(kinds) == 1 and a.kind in ("equation", "unequal", "Lt", "LtE"):
+    if kinds & RELATIONS:
         return same_relation(a, b)
     if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
         return same_set(elements(a), elements(b))
-    if a == b:
-        return True
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
     if len(kinds) > 1:
         return False if kinds <= NEVER_THE_SAME else None
+    return same_items(a, b)
+
+
+def same_named(a, b):
+    """Whether two values are equal of which one at least is that of a name."""
+    kinds = {a.kind, b.kind}
+    if kinds == {"is"} and a.name != b.name:
+        are_numbers = a.items.kind == b.items.kind == "number"
+        is_function = "(" in a.name + b.name
+        return same_equation(a, b) if are_numbers and not is_function else False
+    if kinds == {"is"} and a.bound and b.bound:
+        return same(a.bound, b.bound)
+    if "equation" in kinds:
+        return same_equation(a, b)
+    if kinds & {"Lt", "LtE"}:
+        return same_relation(inequality_of(a), inequality_of(b))
+    return same(unnamed(a), unnamed(b))
+
+
+def same_items(a, b):
+    """Whether two shapes of one kind have the same items."""
+    if a == b:
+        return True
     if a.name != b.name or a.kind in ("text", "infinity"):
         return False
     if a.kind == "list":
