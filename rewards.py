@@ -486,7 +486,7 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 # 3. The verifier
 # An answer is never run as code and never rounded. It is read in three steps. RULES, a table of
 # patterns, remove decoration and ambiguity. Reader spells the rest as a Python expression, because
-# TeX is none (\frac12, \sin^2 2x, |x|), and Python's own parser makes a tree of that. evaluate()
+# TeX is none (\frac12, \sin^2 2x, |x|), and Python's own parser makes a tree of that. Evaluator
 # walks the tree. Numbers are computed modulo a fixed 280-bit prime, where + - * / and powers keep
 # their laws and nothing grows. Equal numbers have equal residues. Unequal ones differ: fractions of
 # up to 40 digits for certain, all others but for odds below 1e-60 (Schwartz 1980).
@@ -946,7 +946,7 @@ COUNTED = (  # plurals that are numbers themselves: 3 tens, 5 halves, 2 sevenths
     r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|elevens|twelves|twenties|"
     r"\w*teens|\w*ties|dozens|scores|hundreds|thousands|\w*illions|halves|thirds|quarters|"
     r"(?!month)\w*ths|pairs|couples|doubles|triples|twins|tuples|powers|roots|cubes|times|plus|minus|"
-    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages"
+    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages|lakhs|crores"
 )
 SPELLED = words("zero one two three four five six seven eight nine ten eleven twelve")
 BRACED = r"[^{}]*"
@@ -1045,8 +1045,8 @@ rule(r"^=|(?<!\.)[.,]$", "", "=5.", "5")
 rule(TEXT, quoted_words, r"5 \text{ cm}", '5 "cm"')
 rule(r"\\mathbb ?(?:\{ ?R ?\}|R)", r"\\reals ", r"\mathbb{R}", r"\reals")
 rule(r"\{([^{}]*)\\(?:over|choose)(?![a-z])([^{}]*)\}", stacked, r"{1 \over 2}", r"\frac{1 }{ 2}")
-rule(rf"(?<![\d.^_A-Za-z])(\d+) ?{FRACTION}", mixed_fraction, r"1\frac{4}{5}", "{1+4/5}")
-rule(r"(?<![\d.^_A-Za-z/])(\d+) (\d+)/(\d+)", mixed_number, "1 4/5", "{1+4/5}")
+rule(rf"(?<![\d.^_A-Za-z])(\d+) ?{FRACTION}(?! ?\^)", mixed_fraction, r"1\frac{4}{5}", "{1+4/5}")
+rule(r"(?<![\d.^_A-Za-z/])(\d+) (\d+)/(\d+)(?! ?[\^\d])", mixed_number, "1 4/5", "{1+4/5}")
 rule(REPEATING, repeating_decimal, r"0.1\overline{6}", "{0.10+6/90}")
 rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
 rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
@@ -1114,14 +1114,19 @@ def split_tokens(text):
         require(kind != "other", "a sign that no answer has")
         is_spaced = match.start() > end
         end = match.end()
-        is_name = word.isupper() or (word.istitle() and len(word) > 2)
-        is_run = kind == "letters" and word not in KNOWN_UNITS and len(word) > 1 and not is_name
-        if is_run and (len(word) <= 3 or not re.search("[aeiou]", word)):
+        if kind == "letters" and len(word) > 1 and is_product(word):
             tokens.append(Token(word[0], kind, is_spaced))
             tokens += [Token(letter, kind, False) for letter in word[1:]]
         else:
             tokens.append(Token(word.strip('"'), kind, is_spaced))
     return tokens
+
+
+def is_product(word):
+    """Whether a run of letters is a product of them: xy is, but not cm, AB, Bob or apples."""
+    if word in KNOWN_UNITS or word.isupper() or (word.istitle() and len(word) > 2):
+        return False
+    return len(word) <= 3 or not re.search("[aeiou]", word)
 
 
 class Reader:
@@ -1439,7 +1444,8 @@ class Reader:
 
 def is_constant(word):
     """Whether a word of Python is a plain number."""
-    return re.fullmatch("c[0-9]+|\\(c[0-9]+\\)", word) is not None
+    name = word.strip("()")
+    return name[:1] == "c" and name[1:].isdigit()
 
 
 def is_word(python):

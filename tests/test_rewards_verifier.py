@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from bench_rewards import load_pairs
 from hostile import HOSTILE
 
 import rewards
@@ -56,6 +57,23 @@ def test_it_works_in_threads():
     with ThreadPoolExecutor(4) as threads:
         for result in threads.map(verdicts, range(4)):
             assert result == verdicts(None)
+
+
+def test_the_bench_reads_any_labelled_pairs_and_refuses_others(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [
+        {"answer": "1/2", "gold": 0.5, "equal": True, "source": "mine"},
+        {"completion": r"So \boxed{3}.", "gold": "3", "equal": True},
+        {"completion": "no idea", "gold": "3", "equal": False, "class": "none"},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    pairs = load_pairs(path)
+    assert [pair["answer"] for pair in pairs] == ["1/2", "3", ""]
+    assert [pair["source"] for pair in pairs] == ["mine", "pairs", "none"]
+    for line in ("[]", "{}", "no JSON", '{"answer": "1", "gold": "1"}'):
+        path.write_text(line + "\n")
+        with pytest.raises(ValueError, match="line 1: no {answer or completion, gold, equal}"):
+            load_pairs(path)
 
 
 # ---- the rules ----
