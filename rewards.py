@@ -958,6 +958,10 @@ def ascii_sign(match):
     return f" {SIGNS.get(match[0], match[0])} "
 
 
+def unescaped(match):
+    return match[0].replace("\\\\", "\\")
+
+
 def plain_command(match):
     return COMMANDS.get(match[1], match[0]) or " "
 
@@ -1023,6 +1027,7 @@ THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
 # fmt: off
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
+rule(r"^(?!.*\\begin).*\\\\[A-Za-z].*$", unescaped, r"\\frac{1}{2}", r"\frac{1}{2}")
 rule(r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
 rule(r"\\([A-Za-z]+)\*?", plain_command, r"\dfrac{1}{2}", r"\frac{1}{2}")
 rule(r"\{(array)\} ?\{[lcr| ]*\}", r"{\1}", r"\begin{array}{cc}", r"\begin{array}")
@@ -2096,7 +2101,8 @@ def verdict(answer, gold, percent):
 TAIL = 20_000  # characters: the answer stands at the end, and a bounded look takes bounded time
 BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 BARE_BOX = re.compile(r"[-+]?[\w.,/%]*[\w%]")  # \boxed 7
-JOINED = re.compile(r"[\s$).]{0,9}(?:,|,?\s{0,9}(?:\\text\{ ?)?(?:and|or)\b ?\}?)[\s$(]{0,9}")
+GAP = r"(?:[\s$()~]|\\q?quad|\\[\[\]()]){0,12}"
+JOINED = re.compile(GAP + r"(?:,|,?\s?(?:\\text\{\s?)?(?:and|or)\b\s?\}?)" + GAP)
 HASH = re.compile(r"####[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:\d+\.\s+)?[A-Za-z]{2,}\b[ \t:.*]+\S")  # Step 2: Solve
 PHRASE = re.compile(r"(?i)\banswer\**\s*(?:\bis\b|\bwould be\b|\bwill be\b|[:=])[\s*:]*")

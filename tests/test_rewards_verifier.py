@@ -449,6 +449,7 @@ def test_extraction(text, how, answer):
         (r"$\boxed{2}$ and $\boxed{3}$", "2, 3"),
         (r"\boxed{2}, \boxed{3}, and \boxed{4}.", "2, 3, 4"),
         (r"$\boxed{2}$ \text{ or } $\boxed{3}$", "2, 3"),
+        (r"\[ \boxed{2} \quad \text{and} \quad \boxed{3}. \]", "2, 3"),
         (r"First \boxed{1}. So \boxed{2} and \boxed{3}", "2, 3"),
         (r"\boxed{2}. No, it is \boxed{3}", "3"),
     ],
