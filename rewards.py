@@ -1210,10 +1210,10 @@ class Reader:
         """Whether factors side by side are a product for certain: 2x is, 2 3 and 1/2x are not."""
         are_numbers = factor[0] == "c" and is_constant(factor) and is_constant(words[-1])
         require(not are_numbers, "numbers in a row")
+        if token.kind == "number":  # (x + 1) 2, but neither x2 nor x 2
+            require(token.is_spaced and words[-1][-1] == ")", "a number behind a letter")
         are_words = is_word(factor) or is_word(words[-1])
         require(not are_words, "a word in a product")
-        is_index = is_constant(factor) and not token.is_spaced and words[-1][-1] == "_"
-        require(not is_index, "a number behind a letter")
         if words[-2:-1] == ["/"]:
             is_number = is_constant(words[-1]) and is_constant(words[-3])
             is_clear = factor.startswith("u0_") or (is_number and token.is_spaced)
@@ -1297,8 +1297,9 @@ class Reader:
         if self.next != "_":
             return self.constant(token.text)
         self.take()
-        base = re.sub("[^0-9]", "", self.raw_argument())
-        require(token.text.isdigit() and base, "an index of a number that is no base")
+        base = self.raw_argument()
+        is_base = token.text.isdigit() and re.fullmatch("[0-9]+", base)
+        require(is_base, "an index of a number that is no base")
         return f"digits_{token.text}_base_{base}_"
 
     def raw_argument(self):
@@ -1399,7 +1400,7 @@ class Reader:
             if self.take().text == "^":
                 exponent = self.exponent()
             else:
-                require(name == "log", "an index of a function")
+                require(name == "log" and not base, "an index of a function, or two")
                 base = f", {self.argument()}"
         if "-" in exponent:
             is_inverse = re.fullmatch(r"\(+- ?c[0-9]+\)+", exponent) and self.constants[-1] == 1
@@ -1478,9 +1479,9 @@ def is_unit(token, words, is_factor, reader):
     is_at_end = reader.is_at_end() and not reader.in_function
     if not is_at_end or not (is_factor or is_behind_unit):
         return False
-    if word in SHORT_UNITS and token.kind != "word" and not is_behind_unit:
-        is_number = is_constant(words[-1])
-        return reader.short_units and is_number and token.is_spaced
+    if len(word) == 1 and token.kind != "word" and not is_behind_unit:
+        is_apart = token.is_spaced and is_constant(words[-1]) and reader.next != "}"
+        return reader.short_units and word in SHORT_UNITS and is_apart
     if unit_name(word) in UNIT_NAMES:
         return True
     is_noun = len(word) > 3 and word.endswith("s") and not re.fullmatch(COUNTED, word.lower())
