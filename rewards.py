@@ -1801,6 +1801,8 @@ def read_answer(text, units=True, percent="value", short_units=True):
         items = ast.parse(f"[{source},]", mode="eval").body.elts
         by_sign = [evaluator.value(item) for item in items]
         values += [value for value in by_sign if not minus or value not in values]
+    if has_signs and all(value.kind == "set" for value in values):
+        return Reading(Shape("set", frozenset().union(*map(elements, values))), source)
     return Reading(bare_list(values), source)
 
 
@@ -1811,7 +1813,7 @@ def units_of_items(source):
 
 
 def bare_list(values):
-    """What values side by side are: a list, a union of sets, or values of one or of more names."""
+    """What values side by side are: a list, or values of one or of more names."""
     if len(values) > 1 and values[0].kind == "is" and values[0].name.startswith("("):
         others = {value.name for value in values if value.kind == "is"} - {values[0].name}
         require(not others, "values of several names")
@@ -1827,8 +1829,6 @@ def bare_list(values):
     if names:
         require(len(names) == len(values) == len(set(names)), "some values of names, some not")
         return Shape("assignments", tuple(values))
-    if all(value.kind == "set" for value in values):
-        return Shape("set", frozenset().union(*map(elements, values)))
     return Shape("list", tuple(values))
 
 
@@ -1987,15 +1987,13 @@ def same_assignments(a, b):
             return None
         return every(same(value, b_values[name]) for name, value in a_values.items())
     named, other = (a, b) if a.kind == "assignments" else (b, a)
-    if other.kind == "is" and other.name[0] in "xyztw":
+    if other.kind == "is" and other.name in ("x_", "y_", "z_", "t_", "w_"):
         other = other.items
     names = [value.name for value in named.items]
     values = [value.items for value in named.items]
-    # x_1 = 1, x_2 = 2: the roots, in any order.
-    are_roots = all(re.fullmatch(rf"{names[0][0]}_\w_", name) for name in names)
-    if (
-        are_roots and names[0][0] in "xyztw" and other.kind in ("list", "set")
-    ):  # x_1 = 1, x_2 = 2: the roots
+    are_indexed = all(re.fullmatch(rf"{names[0][0]}_\w_", name) for name in names)
+    are_roots = are_indexed and names[0][0] in "xyztw"  # x_1 = 1, x_2 = 2, in any order
+    if are_roots and other.kind in ("list", "set"):
         return same(Shape("list", tuple(values)), other)
     require(other.kind in ("list", "()") and names == sorted(names), "names in no order")
     is_clear = other.kind == "()" or not {"x_", "y_", "z_"} & set(names)
