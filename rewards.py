@@ -1876,7 +1876,8 @@ def same(a, b):
     if kinds & RELATIONS:
         return same_relation(a, b)
     if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
-        return same_set(elements(a), elements(b))
+        has_sets = any(item.kind == "set" for item in elements(a) ^ elements(b))
+        return None if has_sets else same_set(elements(a), elements(b))
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
     if len(kinds) > 1:
