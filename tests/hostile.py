@@ -26,6 +26,16 @@ HOSTILE["list"] = ",".join(["1"] * 450)
 HOSTILE["list of roots"] = ",".join(f"\\sqrt{n}" for n in range(10, 99))
 HOSTILE["plus-minus"] = "\\pm 1" * 180
 
+HOSTILE["product of factorials"] = "*".join(["2100!"] * 80)
+HOSTILE["tower of functions"] = "\\sin(" * 28 + "x" + ")" * 28
+HOSTILE["functions in a row"] = "+".join(f"\\ln(x+{n})" for n in range(15))
+HOSTILE["powers in a row"] = "+".join(f"x^{{y+{n}}}" for n in range(28))
+HOSTILE["inverse functions"] = "+".join(f"\\arctan(\\sqrt{{x+{n}}})" for n in range(14))
+HOSTILE["factorials of letters"] = "+".join(f"(n+{n})!" for n in range(28))
+HOSTILE["tower of powers"] = "x" + "^{x" * 28 + "}" * 28
+HOSTILE["binomials"] = "+".join(f"\\binom{{n+{n}}}{{{n}}}" for n in range(20))
+HOSTILE["big binomial"] = "\\binom{2100}{1050}" * 20
+
 # Digits without end.
 HOSTILE |= {
     "1 MB of digits": "7" * 1_000_000,
@@ -72,6 +82,18 @@ HOSTILE |= {
     "regex bomb 12": "\\left" * 190,
     "regex bomb 13": "1\\," * 300,
     "regex bomb 14": "\\text{a}" * 120,
+    "boxes in boxes": "\\boxed{" * 3000 + "1",
+    "boxes in a row": "\\boxed{1} and " * 1500,
+    "empty boxes": "\\boxed{}" * 2500,
+    "answers": "the answer is " * 1500,
+    "answers without end": "answer: " * 2500 + "\n" * 900,
+    "hashes": "#### " * 4000,
+    "choices": "(A) " * 120,
+    "applications": "f(" * 60 + "x" + ")" * 60,
+    "indices": "x_" * 240 + "1",
+    "quotes": '"' * 490,
+    "primes": "f" + "'" * 490,
+    "digit groups": "1 " + "000 " * 120,
     "matrix": "\\begin{pmatrix}" + "&".join("123456789") * 40 + "\\end{pmatrix}",
 }
 
