@@ -31,7 +31,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tutorials"))
 from grpo import rl_figures
-from reproduce import run_command
+from reproduce import draw_curves, run_command
 from tiny_world import STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,12 +299,13 @@ def write(figures, note, folder):
     """The part of README.md between the markers, the JSON that it is checked against, and the
     pictures of the first base, which lie in `folder`."""
     write_json("tiny_world.json", figures, note)
-    for source, picture in (
-        ("evaluation/pass_at_k.png", "pass_at_k.png"),
-        ("grpo-prior.png", "learning_curves.png"),
-        ("vae/latents.png", "latents.png"),
-    ):
-        shutil.copy(folder / source, ROOT / "tutorials" / f"tiny_world_{picture}")
+    pictures = ROOT / "tutorials"
+    shutil.copy(folder / "evaluation" / "pass_at_k.png", pictures / "tiny_world_pass_at_k.png")
+    shutil.copy(folder / "vae" / "latents.png", pictures / "tiny_world_latents.png")
+    runs = []
+    for schedule in SCHEDULES:
+        runs += sorted(folder.glob(f"grpo-{schedule}-s*"))
+    draw_curves(runs, pictures / "tiny_world_learning_curves.png")
     replace_between(ROOT / "README.md", START, END, page(figures, note))
 
 
