@@ -26,6 +26,7 @@ import operator
 import random
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -516,7 +517,7 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 
 # Beyond any of these, or where reading it ends in an error, an answer is undecided.
 MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT, MAX_FACTORIAL = 500, 60, 10_000, 2100
-MAX_FUNCTIONS = 30  # to be computed to many digits
+MAX_FUNCTIONS, MAX_SPENT = 30, 120  # to be computed to many digits, in a comparison, in a verdict
 
 
 def require(condition, why):
@@ -700,6 +701,7 @@ def call_function(name, arguments):
 
 # ---- Digits: what residues cannot tell ----
 
+SPENT = threading.local()  # functions: how many were computed for this verdict
 DIGITS = mpmath.MPContext()
 DIGITS.dps = 120
 CLOSE, LARGEST = DIGITS.mpf(10) ** -80, DIGITS.mpf(10) ** 30
@@ -776,7 +778,9 @@ def same_digits(a, b):
     Letters take random values near 1, of all signs. |x + 10| and x + 10 agree at these: where there
     are branches, values beyond all constants are tried, too.
     """
-    require(count_functions(a) + count_functions(b) <= MAX_FUNCTIONS, "long computations")
+    count = count_functions(a) + count_functions(b)
+    SPENT.functions += count
+    require(count <= MAX_FUNCTIONS and SPENT.functions <= MAX_SPENT, "long computations")
     letters = letters_of(a) | letters_of(b)
     if not letters and not leaves(a, "?") and not leaves(b, "?"):
         return agree(a, b, {})
@@ -914,18 +918,18 @@ NAMES = words(
 COMMANDS = pairs(
     r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
     r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
-    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] simeq@\approx cong@\approx "
+    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] "
     r"degree@^\circ prime@' colon@: "
-    r"backslash@\setminus varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
+    r"backslash@\setminus varnothing@\emptyset land@\wedge lor@\vee infin@\infty "
     r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
     "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
     "textstyle@ boxed@ fbox@ mathbf@ boldsymbol@ mathit@ quad@ qquad@ limits@ middle@ "
     "operatorname@ enspace@ thinspace@"
 )
 SIGNS = pairs(
-    r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ²@^2 ³@^3 ½@\frac12 "
+    r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ½@\frac12 "
     r"⅓@\frac13 ¼@\frac14 π@\pi θ@\theta ∞@\infty √@\sqrt °@^\circ ∪@\cup ∩@\cap ±@\pm ∈@\in "
-    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@\approx ∧@\and ∨@\or ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
+    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@\approx ∧@\wedge ∨@\vee ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
 )
 UNITS = pairs(
     "cm@centimeter km@kilometer mm@millimeter m@meter in@inch ft@foot feet@foot yd@yard mi@mile "
@@ -937,10 +941,11 @@ UNITS = pairs(
 )
 UNIT_NAMES = set(UNITS.values()) | set(
     words(
-        "day week month year unit dollar cent euro yen rupee cup gallon acre hectare square way "
-        "people person men women children percent radian time pint quart item point"
+        "day week month year unit dollar cent euro sterling yen rupee cup gallon acre hectare way "
+        "people person men women children radian time pint quart item point"
     )
 )
+ANY_CASE = set(words("cm km kg ft feet yd lb oz usd inche"))  # KM is km; Mg and mg are two units
 KNOWN_UNITS = UNITS.keys() | UNIT_NAMES
 SHORT_UNITS = words("m s g L h N J W V")  # only right after a number: 5 m, but not 5m
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
@@ -948,12 +953,21 @@ COUNTED = (  # plurals that are numbers themselves: 3 tens, 5 halves, 2 sevenths
     r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|elevens|twelves|twenties|"
     r"\w*teens|\w*ties|dozens|scores|hundreds|thousands|\w*illions|halves|thirds|quarters|"
     r"(?!month)\w*ths|pairs|couples|doubles|triples|twins|tuples|powers|roots|cubes|times|plus|minus|"
-    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages|lakhs|crores"
+    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages|lakhs|crores|halfs|grosses|"
+    r"myriads|googols|permilles|permils|reciprocals|inverses|negatives|opposites|squares|grands|"
+    r"factorials|duos|trios|dyads|triads|\w*tets|multiples|bips|dozenths|logs|logarithms"
 )
 SPELLED = words("zero one two three four five six seven eight nine ten eleven twelve")
 BRACED = r"[^{}]*"
 for _ in range(3):  # what braces hold, with up to three more pairs inside
     BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
+
+
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+
+
+def superscript(match):
+    return f"^{{{match[0].translate(SUPERSCRIPTS)}}}"
 
 
 def ascii_sign(match):
@@ -1004,10 +1018,31 @@ def stacked(match):
     return rf"\{name}{{{match[1]}}}{{{match[2]}}}"
 
 
+def unclear(match):
+    """The match behind a ?, which is no sign of answers: only the same text equals it."""
+    return "?" + match[0].replace(",", "?")
+
+
+def separators(match):
+    """; as a comma, but where both separate items of one bracket, or it ends rows in [a; b; c]."""
+    text = match[0]
+    groups = []
+    count = 1
+    while count:  # the innermost brackets first
+        groups += INNERMOST.findall(text)
+        text, count = INNERMOST.subn("", text)
+    for group in [*groups, text]:
+        is_mixed = ";" in group and "," in group
+        if is_mixed or (group.startswith("[") and group.count(";") > 1):
+            return f"?{match[0]}"
+    return match[0].replace(";", ",")
+
+
 def spelled_number(match):
     return str(SPELLED.index(match[0].lower()))
 
 
+INNERMOST = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 RULES = []  # (pattern, replacement, before, after), applied in this order: many rely on others
 
 
@@ -1027,10 +1062,31 @@ DEGREE = r'\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?"?([CF])"?(?![A-Za-z]))?'
 MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
+BOLD = r"\\(?:mathbf|boldsymbol|bm|vec|hat) ?(?:\{ ?[A-Za-z] ?\}|[A-Za-z](?![A-Za-z]))"
+AMOUNT = r"(?:\\?\$)?\d+(?:\.\d+)?"
+A_LETTER_D = r'(?:d|"d"|\\mathrm ?\{ ?d ?\}|\\partial) ?'
 # fmt: off
+# Two readings: a ? makes an answer undecided, but for its own text.
+# \sqrt23 is 3 sqrt(2) to TeX, and mostly not to its author; √23 is clear
+rule(r"\\sqrt ?(?=\d\d)", unclear, r"\sqrt23", r"?\sqrt23")
+rule(r"√ ?(\d+)", r"\\sqrt{\1}", "√23", r"\sqrt{23}")
+# ranges, scores, dates and phone numbers: 10-15 is a difference only with spaces, or in a formula
+rule(rf"(?:^|(?<=[,=] )|(?<=[,=$(]))(?<!\^\()(?<!\w\(){AMOUNT}(?:[-–]{AMOUNT})+(?=\$?$|,|\)$|%| ?\\?[%a-z$])(?! ?\\[a-z]*(?:frac|sqrt|pi|cdot|times))", unclear, "10-15", "?10-15")
+rule(r"(?<![\d/])\d+/\d+/\d+", unclear, "1/2/2020", "?1/2/2020")
+# 2e-1 is 0.2 or 2e minus 1; 1e-3, 1.5e-3, 2E-1 and 2e-05 are clear
+rule(r"(?<![\d.])(?!1e)\d+e[-+][1-9]\d?(?![\d.])", unclear, "2e-1", "?2e-1")
+rule(r"^\$?(?:~|\\sim) ?(?=[\d\\])", unclear, "~5", "?~5")
+# derivatives are no fractions of products
+rule(rf"\\[dt]?frac ?\{{ ?{A_LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?\{{ ?{A_LETTER_D}[A-Za-z\\]", unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
+rule(rf"(?<![A-Za-z\\]){A_LETTER_D}(?:\^ ?\{{?\d\}}? ?)?[A-Za-z]?(?:\([a-z]\))? ?/ ?{A_LETTER_D}[A-Za-z]", unclear, "dy/dx", "?dy/dx")
+# products of vectors and matrices, which are bold, do not commute
+rule(rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD}))", unclear, r"\vec a \times \vec b", r"?\vec a \times \vec b")
+rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2\right)}", r"\ln {\left(2\right)}")  # sympy's
+# Decoration
+rule(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", superscript, "10²³", "10^{23}")
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
 rule(r"^(?!.*\\begin).*\\\\[A-Za-z].*$", unescaped, r"\\frac{1}{2}", r"\frac{1}{2}")
-rule(r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
+rule(r"\\operatorname\*? ?\{ ?([A-Za-z]+) ?\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
 rule(r"\\([A-Za-z]+)\*?", plain_command, r"\dfrac{1}{2}", r"\frac{1}{2}")
 rule(r"\{(array)\} ?\{[lcr| ]*\}", r"{\1}", r"\begin{array}{cc}", r"\begin{array}")
 rule(MATRIX, matrix_call, r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\matrix((1,2,),(3,4,))")
@@ -1039,13 +1095,18 @@ rule(r"(?<!\\)\\[,;:!> ]|~", " ", r"3\,x", "3 x")
 rule(r"\\[()]|^\\\[|\\\]$|^\*\*|\*\*$|`", " ", r"\(5\)", "5")
 rule(r"\*\*", "^", "2**3", "2^3")
 rule(r"\\%", "%", r"50\%", "50%")
-rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?$", without_separators, "1 234 567", "1234567")
+rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?(?=$| (?:\\text|[a-z]{2}))", without_separators, "1 234 km", "1234 km")
 # not in brackets, where commas separate
 rule(THOUSANDS, without_separators, "1,234", "1234")
+# 1,05,000, 0,5 and 1.234,56: numbers to some readers, lists to others
+rule(r"(?<![\d,.])\d+(?:,\d+)*,0\d[\d,]*|^\$?0,\d+(?=\$?$)", unclear, "1,05,000", "?1?05?000")
+rule(r"(?<![\d,.])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3})+,\d+)(?![\d,.])", unclear, "1.234,56", "?1.234?56")
+rule(r"^US(?=\\?\$)|^USD(?= ?\d)", r"\\$", "USD 18", r"\$ 18")
+rule(r"^\\\$ ?(?=\\?\$)", "", r"\$\$18", r"\$18")
 rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(-?\d[\d,]*(?:\.\d+)?)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
 rule(r"^([€£]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1", "€5", "5 €")
 rule("€", ' "euro" ', "5 €", '5 "euro"')
-rule("£", ' "pound" ', "5 £", '5 "pound"')
+rule("£", ' "sterling" ', "5 £", '5 "sterling"')
 rule(r"\\\$", ' "dollar" ', r"5\$", '5 "dollar"')
 rule(r"\$", " ", "$5$", "5")
 rule(r"^=|(?<!\.)[.,]$", "", "=5.", "5")
@@ -1058,12 +1119,13 @@ rule(REPEATING, repeating_decimal, r"0.1\overline{6}", "{0.10+6/90}")
 rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
 rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
 rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*", "2 x 10^3", "2*10^3")
-rule(rf"(?<=[\d $}}]){WORD.format('percent|pct')}", "%", "50 percent", "50 %")
+rule(rf"(?<=[\d $}}]){WORD.format('percents?|pct')}", "%", "50 percent", "50 %")
 rule(WORD.format("mph"), "mi/h", "20 mph", "20 mi/h")
 rule(WORD.format("per"), "/", "5 m per s", "5 m / s")
 rule(WORD.format("square|sq") + ' ("?[a-z]+"?)', r"\1^2", "5 square cm", "5 cm^2")
 rule(WORD.format("cubic") + ' ("?[a-z]+"?)', r"\1^3", "5 cubic cm", "5 cm^3")
-rule(f", ?{WORD.format('and|or')}|;", ",", "1, 2, and 3", "1, 2, 3")
+rule(r"^.*;.*$", separators, "(1; 2)", "(1, 2)")
+rule(f", ?{WORD.format('and|or')}", ",", "1, 2, and 3", "1, 2, 3")
 rule(f"{WORD.format('and')}|&", r"\\and ", '2 "and" 3', r"2 \and 3")
 rule(WORD.format("or"), r"\\or ", "2 or 3", r"2 \or 3")
 rule(WORD.format(f"({FUNCTIONS}|pi|sqrt)"), r"\\\1 ", "2sin(x)", r"2\sin (x)")
@@ -1073,6 +1135,8 @@ rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
 rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
 rule(MINUTES, r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
 rule(rf'(?i)^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
+rule(r"(?i)^(?:option|choice) (?=\(?[A-J]\)?$)", "", "Option C", "C")
+rule(r"^([A-J])[.)] (?=[\d\\-])", r"(\1) ", "C. 12", "(C) 12")
 rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
 # fmt: on
 
@@ -1096,12 +1160,18 @@ TOKEN = re.compile(
 END = ""  # the token after the last
 BINARY = pairs(
     r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ "
-    r"\mp@- \setminus@-"
+    r"\mp@- \setminus@- \wedge@and \vee@or"
 )
 BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
+# f(x + 1) is a value of f, u(x + 1) may be one, a(x + 1) is a product.
 APPLIED = set("fghFGHPQRTC") | {"phi", "varphi", "psi", "sigma", "tau", "Gamma", "zeta", "mu"}
+MAY_BE_APPLIED = set("uvyBDEJLNSUWXY") | set(
+    words("omega eta delta chi xi rho Omega Theta Lambda Xi Psi Phi Pi Sigma Delta")
+)
 NEVER_APPLIED = {"pi", "e", "i"}
+OPENINGS = ("(", "[", "{")
+SPELLED_FUNCTION = re.compile(f"(?:{FUNCTIONS}|sqrt)(?=.)|.(?:ln|log|sin|cos|tan|exp|sqrt)")
 DECORATED = words("overline vec bar hat widehat tilde dot angle triangle underline overrightarrow")
 
 
@@ -1122,6 +1192,10 @@ def split_tokens(text):
         is_spaced = match.start() > end
         end = match.end()
         if kind == "letters" and len(word) > 1 and is_product(word):
+            require(not SPELLED_FUNCTION.search(word), "lnx, which may be ln x")
+            is_before_bracket = text[end : end + 2].strip()[:1] in ("(", "[", "{")
+            is_clear = not is_before_bracket or is_product_before_bracket(word)
+            require(is_clear, "letters before a bracket that may be the name of a function")
             tokens.append(Token(word[0], kind, is_spaced))
             tokens += [Token(letter, kind, False) for letter in word[1:]]
         else:
@@ -1136,6 +1210,14 @@ def is_product(word):
     return len(word) <= 3 or not re.search("[aeiou]", word)
 
 
+def is_product_before_bracket(word):
+    """Whether the letters of ab(c + d) are a product for certain, and those of det(A), Re(z) not.
+
+    Those of a product ascend, and names of functions have vowels: abc, kx, mn.
+    """
+    return word != "abs" and re.fullmatch("[a-z][^eiou]*", word) and list(word) == sorted(word)
+
+
 class Reader:
     """Spells a tidy answer as Python: 2x as c0*x_, \\frac12 as ((c0)/(c1)), 5 m as c0*u0_meter.
 
@@ -1146,6 +1228,8 @@ class Reader:
         """minus: read \\pm as a minus. short_units: read the m of 5 m as a unit."""
         if minus:
             text = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        has_logic = r"\wedge" in text or r"\vee" in text
+        require(not has_logic or re.search("[<>=]", text), "logic of letters")
         self.tokens = split_tokens(text)
         self.tokens.append(Token(END, "end", False))
         self.position = 0
@@ -1214,6 +1298,8 @@ class Reader:
         require(not are_numbers, "numbers in a row")
         if token.kind == "number":  # (x + 1) 2, but neither x2 nor x 2
             require(token.is_spaced and words[-1][-1] == ")", "a number behind a letter")
+        are_functions = token.text == "(" and re.fullmatch(r"\([fgh]_ [-+*] [fgh]_\)", words[-1])
+        require(not are_functions, "a sum or a product of functions, of something")
         are_words = is_word(factor) or is_word(words[-1])
         require(not are_words, "a word in a product")
         if words[-2:-1] == ["/"]:
@@ -1265,6 +1351,8 @@ class Reader:
         if token.text == "{":
             inner = self.sequence("}")
             self.expect("}")
+            is_name = re.fullmatch(r"[a-zA-Z_* ]+_", inner) and inner[:-1] not in NEVER_APPLIED
+            require(self.next not in OPENINGS or not is_name, "a name in braces, of something")
             return inner if is_constant(inner) else f"({inner})"
         if token.text == r"\{":
             return self.braces()
@@ -1313,6 +1401,10 @@ class Reader:
             text += token if token != " " else ""
         return text.strip("{}")
 
+    def coded_argument(self):
+        """The tokens of one argument as a part of a name, which keeps every sign."""
+        return re.sub(r"\W", lambda match: f"o{ord(match[0])}", self.raw_argument())
+
     def unit(self, token):
         """Python for a unit. Degrees in a function are an angle."""
         name = unit_name(token.text)
@@ -1323,35 +1415,48 @@ class Reader:
     def letter(self, token):
         """Python for a letter or a word, with its index, or for the value of a function f(...)."""
         name = token.text
+        is_unknown = token.kind == "word" and len(name) > 1 and self.next in OPENINGS
+        require(not is_unknown, "a function that is not known")
         while self.next == "'":
             name += "prime"
             self.take()
         if self.next == "_":
             self.take()
-            name += "_" + re.sub(r"\W", lambda match: f"o{ord(match[0])}", self.raw_argument())
+            name += "_" + self.coded_argument()
         return self.applied(name)
 
     def applied(self, name):
-        """Python for a name, which a bracket behind it may make a function."""
+        """Python for a name, which a bracket of any kind behind it may make a function."""
         if name in APPLIED and self.next == "^":  # f^{-1}(x): a function of that name
             start = self.position
             self.take()
-            exponent = re.sub(r"\W", "m", self.raw_argument())
-            if self.next == "(":
+            exponent = self.coded_argument()
+            if self.next in OPENINGS:
                 name += f"_to_{exponent}"
             else:
                 self.position = start
-        if self.next != "(" or name in NEVER_APPLIED:
+        is_called = self.next in ("(", "[") or self.is_call_in_braces()
+        if not is_called or name in NEVER_APPLIED:
             return f"{name}_"
+
         start = self.position
-        self.take()
-        inner = self.sequence(")", "]")
+        opening = self.take().text
+        inner = self.sequence(")", "]", "}")
         is_simple = re.fullmatch(r"\w+|.*,.*", inner) is not None
-        if name in APPLIED or name.startswith(tuple("fgh")) or name.isupper() or is_simple:
-            self.expect(")")
+        is_function = name in APPLIED or name.startswith(tuple("fgh")) or name.isupper()
+        if is_function or is_simple or "prime" in name or (opening == "[" and name == "E"):
+            require(opening + self.take().text in ("()", "[]", "{}"), "brackets that do not match")
             return f"{name}_({inner})"
+        require(opening == "(", "a letter before a bracket of another kind")
+        is_factored = f"{name}_" in inner  # u(u + 1) is a product
+        may_be_applied = name.partition("_")[0] in MAY_BE_APPLIED
+        require(is_factored or not may_be_applied, "a product or a value of a function")
         self.position = start
         return f"{name}_"
+
+    def is_call_in_braces(self):
+        """Whether {(...)} comes next, as sympy writes what a function is applied to."""
+        return self.next == "{" and self.tokens[self.position + 1].text in ("(", "[")
 
     def command(self, token):
         """Python for a command with its arguments."""
@@ -1378,8 +1483,17 @@ class Reader:
             self.take()
             return f"vector({inner})"
         if name in DECORATED:
-            return f"{name}_{re.sub(r'[^A-Za-z0-9]', '', self.raw_argument())}_"
+            return self.decorated(name)
         require(name in ("reals", "emptyset"), "a command that no answer has")
+        return f"{name}_"
+
+    def decorated(self, name):
+        """Python for a letter, or several, with a sign above or before them."""
+        name += f"_{self.coded_argument()}"
+        if name.startswith(("angle", "triangle")):  # \\angle A B C
+            while self.tokens[self.position].kind == "letters":
+                name += self.take().text
+        require(self.next not in ("(", "[", "{"), "a decorated letter, of something")
         return f"{name}_"
 
     def root(self):
@@ -1469,7 +1583,8 @@ def unit_name(word):
     name = word.lower()
     if len(name) > 3 and name.endswith("s"):
         name = name[:-1]
-    return UNITS.get(name, name)
+    is_clear = name in ANY_CASE or len(name) > 3 or word.islower()
+    return UNITS.get(name, name) if is_clear else word
 
 
 def is_unit(token, words, is_factor, reader):
@@ -1523,7 +1638,7 @@ class Evaluator:
             case ast.Call(ast.Name(name), arguments, []):
                 return self.called(name, arguments)
             case ast.List([item]):
-                return self.value(item)
+                return bracketed(self.value(item))
             case ast.List([_, _] as items):
                 return Shape("[]", self.values(items))
             case ast.List(items) | ast.Tuple(items):
@@ -1567,6 +1682,7 @@ class Evaluator:
             require(not has_units(left) and not has_units(right), "units that do not count")
         a, b = self.value(left), self.value(right)
         if isinstance(operation, ast.BitOr):
+            require("number" not in (a.kind, b.kind), "a union of letters")
             kind = "set" if a.kind == b.kind == "set" else "union"
             return Shape(kind, elements(a) | elements(b))
         if b.kind == "set" and isinstance(operation, ast.Sub):
@@ -1674,6 +1790,17 @@ class Evaluator:
         return Shape("is", Shape(INTERVALS[signs], ends), names[1])
 
 
+def bracketed(value):
+    """[5] is 5; any other value in brackets may be its floor, or a list."""
+    return value if is_whole_value(value) else Shape("bracketed", value)
+
+
+def is_whole_value(value):
+    """Whether a value is a whole number."""
+    fraction = value.fraction() if value.kind == "number" else None
+    return fraction is not None and fraction.denominator == 1
+
+
 def times(a, b):
     """The product of two values: of numbers, or of a number with a matrix or a tuple."""
     if a.kind == b.kind == "number":
@@ -1692,15 +1819,40 @@ def elementwise(operation, a, b):
 
 
 def joined(operation, values):
-    """What values joined by and, or by or are: of intervals their union, otherwise a list."""
+    """What values joined by and, or by or are: of intervals of one name their union, or what they
+    have in common; otherwise a list, of values of one name where it is or that joins them."""
     names = {value.name for value in values if value.kind == "is"}
     are_sets = all(is_set_of_numbers(unnamed(value)) for value in values)
-    if are_sets and isinstance(operation, ast.Or) and len(names) <= 1:
+    if are_sets and len(names) <= 1 and isinstance(operation, ast.Or):
         union = Shape("union", frozenset().union(*[elements(unnamed(value)) for value in values]))
         return Shape("is", union, *names) if names else union
+    if are_sets and len(names) == 1 and len(values) == 2:
+        return Shape("is", common_part(*map(unnamed, values)), *names)
     are_conditions = any(value.kind == "is" and is_set_of_numbers(value.items) for value in values)
     require(not are_conditions, "several conditions")
+    are_statements = any(value.kind in RELATIONS for value in values) or len(names) > 1
+    require(not (are_statements and isinstance(operation, ast.Or)), "statements of which one holds")
+    are_letters = any(is_letter(value) for value in values)
+    require(not are_letters, "letters, which may be statements")
     return bare_list(values)
+
+
+def is_letter(value):
+    """Whether a value is a single letter."""
+    return value.kind == "number" and isinstance(value.tree, tuple) and value.tree[0] == "symbol"
+
+
+def common_part(a, b):
+    """The interval of what is in both a half-line to the right and one to the left."""
+    if a.items[0] == MINUS_INFINITY:
+        a, b = b, a
+    kinds = set(INTERVALS.values())
+    require({a.kind, b.kind} <= kinds and a.items[1] == INFINITY, "no half-lines")
+    is_clear = b.items[0] == MINUS_INFINITY and real_size(a.items[0]) < real_size(b.items[1])
+    require(is_clear, "no half-lines, or nothing in common")
+    is_closed = (a.kind == "rightopen", b.kind == "leftopen")
+    kind = {(0, 0): "()", (1, 1): "[]", (0, 1): "leftopen", (1, 0): "rightopen"}[is_closed]
+    return Shape(kind, (a.items[0], b.items[1]))
 
 
 def is_set_of_numbers(value):
@@ -1770,7 +1922,12 @@ class Reading:
 
 
 WORDS = re.compile("[A-Za-z\"' .]*[A-Za-z]{2}[A-Za-z\"' .]*")
-PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
+# A run of letters, but no word.
+PRODUCT = re.compile(
+    "(?!yes|six|any|max|day|why|way|box|key|boy)"
+    "(?:[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}|[axyz]{2}|[aexyz]{2}[xyz]|[xyz][aexyz]{2})"
+)
+SHORT_WORDS = set(words("a an i yes no odd all any one two six ten none true mon tue red in on up"))
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 
@@ -1778,21 +1935,33 @@ CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 def read_answer(text, units=True, percent="value", short_units=True):
     """The Reading of a tidy answer. Several items are a bare list. ValueError if there is none."""
     if WORDS.fullmatch(text) and not PRODUCT.fullmatch(text):
-        return Reading(Shape("text", re.sub("[\"' .]", "", text.lower())))
+        return Reading(words_of(text))
     if ":" in text and "\\" in text and r"\{" not in text:  # a ratio of values
         parts = [read_answer(part, units, percent, short_units) for part in text.split(":")]
         source = " ".join(part.source for part in parts)
         return Reading(Shape("ratio", tuple(part.value for part in parts)), source)
     if ":" in text and r"\{" not in text:  # a ratio, a time
-        return Reading(Shape("text", re.sub("[\"' ]", "", text.lower())))
+        exact = re.sub('"', "", text)
+        return Reading(
+            Shape(
+                "text",
+                re.sub("[' ]", "", exact.lower()),
+                exact.replace(" :", ":").replace(": ", ":"),
+            )
+        )
     if re.fullmatch("[A-J]", text):
         return Reading(Shape("choice", None, text))
     choice = CHOICE.fullmatch(text)
     if choice:
         letter, content = [group for group in choice.groups() if group]
+        require(not re.search(r"(?:\\and|\\or|,) ?\(?[A-J]\b", content), "two choices")
         reading = read_answer(content, units, percent, short_units)
         return Reading(Shape("choice", reading.value, letter), reading.source)
 
+    for part in re.split(r",|\\and|\\or", text):
+        require(part.count(r"\pm") + part.count(r"\mp") <= 1, "two signs that may differ")
+    are_joined = text.count(r"\pm") > 1 and re.search(r"[(\[][^)\]]*,", text)
+    require(not are_joined, "two signs that may differ")
     values = []
     has_signs = r"\pm" in text or r"\mp" in text  # then there are two values, by either sign
     for minus in (False, True)[: 1 + has_signs]:
@@ -1806,6 +1975,14 @@ def read_answer(text, units=True, percent="value", short_units=True):
     if has_signs and all(value.kind == "set" for value in values):
         return Reading(Shape("set", frozenset().union(*map(elements, values))), source)
     return Reading(bare_list(values), source)
+
+
+def words_of(text):
+    """Words, without case. Short ones may be symbols, with case, dots and primes as their name."""
+    exact = re.sub('[" ]', "", text).rstrip(".")
+    key = re.sub("[' .]", "", exact.lower())
+    is_symbol = (len(key) <= 3 or "'" in exact) and key not in SHORT_WORDS
+    return Shape("text", key, exact if is_symbol else "")
 
 
 def units_of_items(source):
@@ -1879,11 +2056,12 @@ def same(a, b):
         return same_relation(a, b)
     if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
         has_sets = any(item.kind == "set" for item in elements(a) ^ elements(b))
-        return None if has_sets else same_set(elements(a), elements(b))
+        is_part = "number" in kinds and not all(map(is_whole_value, elements(a) | elements(b)))
+        return None if has_sets or is_part else same_set(elements(a), elements(b))
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
     if len(kinds) > 1:
-        return False if kinds <= NEVER_THE_SAME else None
+        return False if kinds <= NEVER_THE_SAME and kinds != {"list", "[]"} else None
     return same_items(a, b)
 
 
@@ -1907,8 +2085,12 @@ def same_items(a, b):
     """Whether two shapes of one kind have the same items."""
     if a == b:
         return True
+    if a.kind == "text" and (a.items == b.items or sorted(a.items) == sorted(b.items)):
+        return None  # CO and Co; ae and ea
     if a.name != b.name or a.kind in ("text", "infinity"):
         return False
+    if a.kind == "bracketed":
+        return same(a.items, b.items)
     if a.kind == "list":
         return same_list(a.items, b.items)
     return same_tuple(a.items, b.items)
@@ -2053,6 +2235,37 @@ def compact(text):
     return re.sub("(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
 
+CAPITAL = re.compile(r"\b[A-Z]\w*_\b(?!\()")
+
+
+def commutes(a, b):
+    """Whether two equal sources in Python are equal of matrices, points and molecules, too.
+
+    Where an answer multiplies different names in capitals, both must have them in the same order,
+    without powers of them together: A B is not B A, and (A + B)^2 is not A^2 + 2 A B + B^2.
+    """
+    orders = [CAPITAL.findall(source) for source in (a, b)]
+    if len(set(orders[0])) < 2 and len(set(orders[1])) < 2:
+        return True
+    products = [capital_products(ast.parse(f"({source})").body[0].value) for source in (a, b)]
+    kinds = set().union(*products)
+    return not kinds or (orders[0] == orders[1] and kinds == {"*"})
+
+
+def capital_products(node):
+    """{"*", "^"}: which of these a tree has of different names in capitals."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult | ast.Pow):
+            is_power = isinstance(part.op, ast.Pow)
+            left = set(CAPITAL.findall(ast.unparse(part.left)))
+            right = set() if is_power else set(CAPITAL.findall(ast.unparse(part.right)))
+            is_mixed = len(left | right) > 1 and (is_power or (left and right))
+            if is_mixed:
+                found.add("^" if is_power else "*")
+    return found
+
+
 def answers_equal(answer, gold, percent="value"):
     """True, False, or None when undecided (which counts as not equal). Symmetric; never raises.
 
@@ -2062,7 +2275,9 @@ def answers_equal(answer, gold, percent="value"):
     if answer is None or gold is None:
         return None
     try:
-        return verdict(str(answer).strip(), str(gold).strip(), percent)
+        SPENT.functions = 0
+        texts = sorted([str(answer).strip(), str(gold).strip()])  # their order cannot matter
+        return verdict(*texts, percent)
     except Exception:
         return None
 
@@ -2091,7 +2306,11 @@ def verdict(answer, gold, percent):
         a = read_answer(answer, units=False)
     elif b.has_units and not a.has_units:
         b = read_answer(gold, units=False)
+    currencies = {"u0_sterling" in a.source, "u0_sterling" in b.source}
+    require(len(currencies) == 1 or "u0_pound" not in a.source + b.source, "two sorts of pounds")
     equal = same(a.value, b.value)
+    if equal and not commutes(a.source, b.source):
+        return None
     if percent == "either" and equal is not True and ("%" in answer) != ("%" in gold):
         a, b = read_answer(answer, percent="sign"), read_answer(gold, percent="sign")
         equal = same(a.value, b.value)
@@ -2109,7 +2328,13 @@ HASH = re.compile(r"####[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:\d+\.\s+)?[A-Za-z]{2,}\b[ \t:.*]+\S")  # Step 2: Solve
 PHRASE = re.compile(r"(?i)\banswer\**\s*(?:\bis\b|\bwould be\b|\bwill be\b|[:=])[\s*:]*")
 SAYS = re.compile(r"\b(?:is|are)\b")
-SENTENCE = re.compile(r"[^\n]{0,500}?(?=\.\s|\.?\**$|,?\s(?:because|since|which|so)\b)", re.M)
+# The first clause of a sentence: what follows a reason, a condition or "(see above)" is none of it.
+CLAUSE = r"because|since|which|so|where|when|whenever|if|but|while|whereas|unless|as|provided|for"
+SENTENCE = re.compile(
+    rf"[^\n]{{0,500}}?(?=\.\s|\.?\**$|,?\s(?:{CLAUSE})\b|,\s(?:and|with)\s(?!or\b)[A-Za-z]{{2}}|"
+    r"\s\((?!mod)[A-Za-z]{3})",
+    re.MULTILINE,
+)
 
 
 @dataclass
@@ -2214,7 +2439,9 @@ def extract_answer(text, how, as_list=False):
 def is_list(gold):
     """Whether a gold answer has several values."""
     try:
-        return read_answer(tidy(str(gold))).value.kind in ("list", "set", "assignments")
+        gold = str(gold)
+        require(len(gold) <= MAX_CHARS, "a long text")
+        return read_answer(tidy(gold)).value.kind in ("list", "set", "assignments")
     except Exception:
         return False
 
