@@ -1039,7 +1039,7 @@ def separators(match):
 
 
 def spelled_number(match):
-    return str(SPELLED.index(match[0].lower()))
+    return str(SPELLED.index(match[1].lower()))
 
 
 INNERMOST = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
@@ -1063,24 +1063,36 @@ MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
 BOLD = r"\\(?:mathbf|boldsymbol|bm|vec|hat) ?(?:\{ ?[A-Za-z] ?\}|[A-Za-z](?![A-Za-z]))"
+BOLD_PRODUCT = rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD}))"
 AMOUNT = r"(?:\\?\$)?\d+(?:\.\d+)?"
-A_LETTER_D = r'(?:d|"d"|\\mathrm ?\{ ?d ?\}|\\partial) ?'
+RANGE = (  # alone, or an item: behind the start, a comma or a sign of equality
+    rf"(?:^|(?<=[,=] )|(?<=[,=$(]))(?<!\w\(){AMOUNT}(?:[-–]{AMOUNT})+"
+    r"(?=\$?$|,|\)$|\\?%|\\?\$| ?\\text| [a-z]{2})"
+)
+LETTER_D = r'(?:d|"d"|\\mathrm ?\{ ?d ?\}|\\partial) ?'
+DERIVATIVE = (
+    rf"\\[dt]?frac ?\{{ ?{LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?"
+    rf"\{{ ?{LETTER_D}[A-Za-z\\]"
+)
+QUOTIENT_OF_D = (
+    rf"(?<![A-Za-z\\]){LETTER_D}(?:\^ ?\{{?\d\}}? ?)?[A-Za-z]?(?:\([a-z]\))? ?/ ?{LETTER_D}[A-Za-z]"
+)
 # fmt: off
 # Two readings: a ? makes an answer undecided, but for its own text.
 # \sqrt23 is 3 sqrt(2) to TeX, and mostly not to its author; √23 is clear
 rule(r"\\sqrt ?(?=\d\d)", unclear, r"\sqrt23", r"?\sqrt23")
 rule(r"√ ?(\d+)", r"\\sqrt{\1}", "√23", r"\sqrt{23}")
 # ranges, scores, dates and phone numbers: 10-15 is a difference only with spaces, or in a formula
-rule(rf"(?:^|(?<=[,=] )|(?<=[,=$(]))(?<!\^\()(?<!\w\(){AMOUNT}(?:[-–]{AMOUNT})+(?=\$?$|,|\)$|%| ?\\?[%a-z$])(?! ?\\[a-z]*(?:frac|sqrt|pi|cdot|times))", unclear, "10-15", "?10-15")
+rule(RANGE, unclear, "10-15", "?10-15")
 rule(r"(?<![\d/])\d+/\d+/\d+", unclear, "1/2/2020", "?1/2/2020")
 # 2e-1 is 0.2 or 2e minus 1; 1e-3, 1.5e-3, 2E-1 and 2e-05 are clear
 rule(r"(?<![\d.])(?!1e)\d+e[-+][1-9]\d?(?![\d.])", unclear, "2e-1", "?2e-1")
 rule(r"^\$?(?:~|\\sim) ?(?=[\d\\])", unclear, "~5", "?~5")
 # derivatives are no fractions of products
-rule(rf"\\[dt]?frac ?\{{ ?{A_LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?\{{ ?{A_LETTER_D}[A-Za-z\\]", unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
-rule(rf"(?<![A-Za-z\\]){A_LETTER_D}(?:\^ ?\{{?\d\}}? ?)?[A-Za-z]?(?:\([a-z]\))? ?/ ?{A_LETTER_D}[A-Za-z]", unclear, "dy/dx", "?dy/dx")
+rule(DERIVATIVE, unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
+rule(QUOTIENT_OF_D, unclear, "dy/dx", "?dy/dx")
 # products of vectors and matrices, which are bold, do not commute
-rule(rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD}))", unclear, r"\vec a \times \vec b", r"?\vec a \times \vec b")
+rule(BOLD_PRODUCT, unclear, r"\vec a \times \vec b", r"?\vec a \times \vec b")
 rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2\right)}", r"\ln {\left(2\right)}")  # sympy's
 # Decoration
 rule(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", superscript, "10²³", "10^{23}")
@@ -1290,6 +1302,8 @@ class Reader:
                     words.append("*")
                 words.append(factor)
                 is_factor = True
+                is_name = token.text == "{" and re.fullmatch(r"\([A-Za-z][A-Za-z_* ]*\)", factor)
+                require(not is_name or self.next not in ("(", "["), "{f}(0), or {x}(x + 1)")
         return " ".join(words)
 
     def require_product(self, words, factor, token):
@@ -1351,8 +1365,6 @@ class Reader:
         if token.text == "{":
             inner = self.sequence("}")
             self.expect("}")
-            is_name = re.fullmatch(r"[a-zA-Z_* ]+_", inner) and inner[:-1] not in NEVER_APPLIED
-            require(self.next not in OPENINGS or not is_name, "a name in braces, of something")
             return inner if is_constant(inner) else f"({inner})"
         if token.text == r"\{":
             return self.braces()
@@ -1791,8 +1803,9 @@ class Evaluator:
 
 
 def bracketed(value):
-    """[5] is 5; any other value in brackets may be its floor, or a list."""
-    return value if is_whole_value(value) else Shape("bracketed", value)
+    """[5] is 5; any other number in brackets may be its floor, or a list."""
+    is_clear = value.kind != "number" or is_whole_value(value)
+    return value if is_clear else Shape("bracketed", value)
 
 
 def is_whole_value(value):
