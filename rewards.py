@@ -605,6 +605,7 @@ def number(fraction):
 ZERO, ONE, MINUS, IMAGINARY = number(0), number(1), number(-1), Number(0, 1, ("i",))
 HALF, HUNDREDTH = number(Fraction(1, 2)), number(Fraction(1, 100))
 INFINITY, MINUS_INFINITY = Shape("infinity", "infty_"), Shape("infinity", "minfty_")
+INFINITIES = {INFINITY, MINUS_INFINITY}
 REALS = Shape("()", (MINUS_INFINITY, INFINITY))
 
 
@@ -791,9 +792,10 @@ def same_digits(a, b):
         for _, exponent in leaves(a, "^") | leaves(b, "^"):  # these would make huge powers
             bases -= letters_of(exponent)
         scales.append(scales[0] | dict.fromkeys(bases, large))
+    may_be_complex = bool(leaves(a, "abs") | leaves(b, "abs"))
     for scale_of in scales:
         agreed = 0
-        for point in random_points(scale_of):
+        for point in random_points(scale_of, may_be_complex):
             are_close = agree(a, b, point)
             if are_close is False:
                 return None  # maybe equal where they are asked for: n whole, x positive
@@ -803,13 +805,18 @@ def same_digits(a, b):
     return True
 
 
-def random_points(scale_of):
-    """{letter: value} of four points, which grow up to 8 times the scale_of each letter."""
+def random_points(scale_of, may_be_complex):
+    """{letter: value} of four points, which grow up to 8 times the scale_of each letter.
+
+    may_be_complex: z and w are, as |z|^2 is z^2 of real numbers only. Other letters are real.
+    """
     for k, signs in enumerate(SIGNS_OF_POINTS):
         point = {}
         for index, (name, scale) in enumerate(sorted(scale_of.items())):
             size = (1 + random_digits(f"{name} {k}")) * 2**k / 2
             point[name] = signs[index % 2] * size * scale.numerator / scale.denominator
+            if may_be_complex and name in ("z_", "w_"):
+                point[name] *= DIGITS.mpc(1, "0.3")
         yield point
 
 
@@ -946,6 +953,7 @@ UNIT_NAMES = set(UNITS.values()) | set(
     )
 )
 ANY_CASE = set(words("cm km kg ft feet yd lb oz usd inche"))  # KM is km; Mg and mg are two units
+SYNONYMS = {"pound", "sterling"}  # 5 pounds may be £5
 KNOWN_UNITS = UNITS.keys() | UNIT_NAMES
 SHORT_UNITS = words("m s g L h N J W V")  # only right after a number: 5 m, but not 5m
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
@@ -1020,7 +1028,8 @@ def stacked(match):
 
 def unclear(match):
     """The match behind a ?, which is no sign of answers: only the same text equals it."""
-    return "?" + match[0].replace(",", "?")
+    text = match[0].replace(",", "?").replace("×", r"\times")
+    return "?" + text.replace(r"\times", "?x")
 
 
 def separators(match):
@@ -1061,9 +1070,13 @@ REPEATING = r"(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}"
 DEGREE = r'\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?"?([CF])"?(?![A-Za-z]))?'
 MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
+SPACED_NUMBER = r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?(?=$| (?:\\text|[a-z]{2}))"
+ZEROS_IN_LIST = r"(?<![\d,.])\d+(?:,\d+)*,0\d[\d,]*|^\$?0,\d+(?=\$?$)"
+INDIAN = r"(?<![\d,.])\d{1,2}(?:,\d\d)+,\d{3}(?![\d,.])"
+GERMAN = r"(?<![\d,.])\d{1,3}(?:\.\d{3})+,\d+(?![\d,.])"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
 BOLD = r"\\(?:mathbf|boldsymbol|bm|vec|hat) ?(?:\{ ?[A-Za-z] ?\}|[A-Za-z](?![A-Za-z]))"
-BOLD_PRODUCT = rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD}))"
+BOLD_PRODUCT = rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD})).*"
 AMOUNT = r"(?:\\?\$)?\d+(?:\.\d+)?"
 RANGE = (  # alone, or an item: behind the start, a comma or a sign of equality
     rf"(?:^|(?<=[,=] )|(?<=[,=$(]))(?<!\w\(){AMOUNT}(?:[-–]{AMOUNT})+"
@@ -1092,8 +1105,9 @@ rule(r"^\$?(?:~|\\sim) ?(?=[\d\\])", unclear, "~5", "?~5")
 rule(DERIVATIVE, unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
 rule(QUOTIENT_OF_D, unclear, "dy/dx", "?dy/dx")
 # products of vectors and matrices, which are bold, do not commute
-rule(BOLD_PRODUCT, unclear, r"\vec a \times \vec b", r"?\vec a \times \vec b")
-rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2\right)}", r"\ln {\left(2\right)}")  # sympy's
+rule(BOLD_PRODUCT, unclear, r"\vec a \times \vec b", r"?\vec a ?x \vec b")
+# as sympy writes ln
+rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2)}", r"\ln {\left(2)}")
 # Decoration
 rule(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", superscript, "10²³", "10^{23}")
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
@@ -1107,12 +1121,11 @@ rule(r"(?<!\\)\\[,;:!> ]|~", " ", r"3\,x", "3 x")
 rule(r"\\[()]|^\\\[|\\\]$|^\*\*|\*\*$|`", " ", r"\(5\)", "5")
 rule(r"\*\*", "^", "2**3", "2^3")
 rule(r"\\%", "%", r"50\%", "50%")
-rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?(?=$| (?:\\text|[a-z]{2}))", without_separators, "1 234 km", "1234 km")
+rule(SPACED_NUMBER, without_separators, "1 234 km", "1234 km")
 # not in brackets, where commas separate
 rule(THOUSANDS, without_separators, "1,234", "1234")
 # 1,05,000, 0,5 and 1.234,56: numbers to some readers, lists to others
-rule(r"(?<![\d,.])\d+(?:,\d+)*,0\d[\d,]*|^\$?0,\d+(?=\$?$)", unclear, "1,05,000", "?1?05?000")
-rule(r"(?<![\d,.])(?:\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}(?:\.\d{3})+,\d+)(?![\d,.])", unclear, "1.234,56", "?1.234?56")
+rule(rf"{ZEROS_IN_LIST}|{INDIAN}|{GERMAN}", unclear, "1,05,000", "?1?05?000")
 rule(r"^US(?=\\?\$)|^USD(?= ?\d)", r"\\$", "USD 18", r"\$ 18")
 rule(r"^\\\$ ?(?=\\?\$)", "", r"\$\$18", r"\$18")
 rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(-?\d[\d,]*(?:\.\d+)?)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
@@ -1537,9 +1550,6 @@ class Reader:
 
         self.in_function += 1
         if self.next in ("(", "{", "["):
-            is_natural = name == "log" and self.next == "{" and not base  # as sympy writes it
-            if is_natural and self.tokens[self.position + 1].text == "(":
-                name = "ln"
             argument = self.argument()
         else:
             argument = self.bare_argument()
@@ -1855,6 +1865,11 @@ def is_letter(value):
     return value.kind == "number" and isinstance(value.tree, tuple) and value.tree[0] == "symbol"
 
 
+def is_half_line(value):
+    """Whether a value is an interval with one end, as x > 3 is."""
+    return value.kind in INTERVALS.values() and bool(INFINITIES.intersection(value.items))
+
+
 def common_part(a, b):
     """The interval of what is in both a half-line to the right and one to the left."""
     if a.items[0] == MINUS_INFINITY:
@@ -1925,8 +1940,9 @@ class Reading:
     source: str = ""  # in Python
 
     @property
-    def has_units(self):
-        return re.search(r"\bu0_", self.source) is not None
+    def units(self):
+        """The names of the units in it."""
+        return set(re.findall(r"\bu0_(\w+)", self.source))
 
     @property
     def letters(self):
@@ -1954,14 +1970,7 @@ def read_answer(text, units=True, percent="value", short_units=True):
         source = " ".join(part.source for part in parts)
         return Reading(Shape("ratio", tuple(part.value for part in parts)), source)
     if ":" in text and r"\{" not in text:  # a ratio, a time
-        exact = re.sub('"', "", text)
-        return Reading(
-            Shape(
-                "text",
-                re.sub("[' ]", "", exact.lower()),
-                exact.replace(" :", ":").replace(": ", ":"),
-            )
-        )
+        return Reading(ratio_of(text))
     if re.fullmatch("[A-J]", text):
         return Reading(Shape("choice", None, text))
     choice = CHOICE.fullmatch(text)
@@ -1998,6 +2007,12 @@ def words_of(text):
     return Shape("text", key, exact if is_symbol else "")
 
 
+def ratio_of(text):
+    """A ratio or a time as words, with case and with the spaces between its parts."""
+    exact = re.sub(" ?: ?", ":", text.replace('"', "")).strip()
+    return Shape("text", re.sub("[' ]", "", exact.lower()), exact)
+
+
 def units_of_items(source):
     """The units of each item of a list in Python, as a text."""
     items = re.split(r",| and | or ", source)
@@ -2015,6 +2030,8 @@ def bare_list(values):
     names = [value.name for value in values if value.kind == "is"]
     if len(values) == 1:
         return values[0]
+    are_conditions = all(value.kind == "is" and is_half_line(value.items) for value in values)
+    require(not are_conditions, "several conditions, which hold together or one by one")
     # x = 1 or x = 2; x = 1, 2: one name is said to be all of them.
     if len(set(names)) == 1 and values[0].kind == "is":
         return Shape("is", bare_list([unnamed(value) for value in values]), names[0])
@@ -2315,13 +2332,14 @@ def verdict(answer, gold, percent):
     if a.letters & set(SHORT_UNITS):
         b = read_answer(gold, short_units=False)
     # Units on one side only do not count.
-    if a.has_units and not b.has_units:
+    if a.units and not b.units:
         a = read_answer(answer, units=False)
-    elif b.has_units and not a.has_units:
+    elif b.units and not a.units:
         b = read_answer(gold, units=False)
-    currencies = {"u0_sterling" in a.source, "u0_sterling" in b.source}
-    require(len(currencies) == 1 or "u0_pound" not in a.source + b.source, "two sorts of pounds")
     equal = same(a.value, b.value)
+    if equal is False and a.units != b.units:  # 5 cm is not 5 m, but 100 cm may be 1 m
+        a, b = read_answer(answer, units=False), read_answer(gold, units=False)
+        require(same(a.value, b.value) and not a.units & SYNONYMS, "units of one quantity")
     if equal and not commutes(a.source, b.source):
         return None
     if percent == "either" and equal is not True and ("%" in answer) != ("%" in gold):
