@@ -1702,7 +1702,7 @@ class Evaluator:
         """The value of two operands and what joins them."""
         if isinstance(operation, SUMS) and not self.units:
             require(not has_units(left) and not has_units(right), "units that do not count")
-        a, b = self.value(left), self.value(right)
+        a, b = self.value(grouped(left, operation)), self.value(grouped(right, operation))
         if isinstance(operation, ast.BitOr):
             require("number" not in (a.kind, b.kind), "a union of letters")
             kind = "set" if a.kind == b.kind == "set" else "union"
@@ -1719,6 +1719,8 @@ class Evaluator:
         """The value of a function, a shape, or an unknown function f_(x)."""
         if name == "such":
             return self.such(*nodes)
+        if name in CALLED:
+            return call_function(name, self.values([grouped(node, None) for node in nodes]))
         values = self.values(nodes)
         if name in ("leftopen", "rightopen"):
             require(len(values) == 2, "an interval of two ends")
@@ -1732,8 +1734,6 @@ class Evaluator:
             return Shape("matrix", items, f"{len(values)} x {width}")
         if name == "percent":
             return values[0] * HUNDREDTH if self.percent == "value" else values[0]
-        if name in CALLED:
-            return call_function(name, values)
         require(name.endswith("_") and values, "a call that no answer has")
         value = unknown(name, *values)
         return Number(value.real, 0, ("?", name, *[argument.tree for argument in values]))
@@ -1810,6 +1810,19 @@ class Evaluator:
         require(signs in INTERVALS and names[1], "a chain of relations")
         ends = (self.value(nodes[0]), self.value(nodes[2]))
         return Shape("is", Shape(INTERVALS[signs], ends), names[1])
+
+
+def grouped(node, operation):
+    """What stands in square brackets where they group it: [x + 1] y, [n(n + 1)/2]^2, ln[2x].
+
+    Not in [x] y and [x/2] + 1, where they may mean the floor.
+    """
+    if not isinstance(node, ast.List) or len(node.elts) != 1:
+        return node
+    inner = node.elts[0]
+    is_term = isinstance(inner, ast.BinOp)
+    is_sum = is_term and isinstance(inner.op, SUMS)
+    return inner if is_sum or (is_term and not isinstance(operation, SUMS)) else node
 
 
 def bracketed(value):
@@ -2003,7 +2016,7 @@ def words_of(text):
     """Words, without case. Short ones may be symbols, with case, dots and primes as their name."""
     exact = re.sub('[" ]', "", text).rstrip(".")
     key = re.sub("[' .]", "", exact.lower())
-    is_symbol = (len(key) <= 3 or "'" in exact) and key not in SHORT_WORDS
+    is_symbol = (len(key) <= 3 and key not in SHORT_WORDS) or "'" in exact
     return Shape("text", key, exact if is_symbol else "")
 
 
@@ -2337,7 +2350,9 @@ def verdict(answer, gold, percent):
     elif b.units and not a.units:
         b = read_answer(gold, units=False)
     equal = same(a.value, b.value)
-    if equal is False and a.units != b.units:  # 5 cm is not 5 m, but 100 cm may be 1 m
+    if (
+        equal is False and a.units and b.units and a.units != b.units
+    ):  # 5 cm is not 5 m, but 100 cm may be 1 m
         a, b = read_answer(answer, units=False), read_answer(gold, units=False)
         require(same(a.value, b.value) and not a.units & SYNONYMS, "units of one quantity")
     if equal and not commutes(a.source, b.source):
