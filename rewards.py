@@ -504,6 +504,8 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 #
 # The rules of equality:
 # - The same text, but for decoration, is the same answer, whatever it means.
+# - Two readings are undecided: 10-15 (a range), \sqrt23, dy/dx, 3e-2, 1,05,000, u(x + 1), det(2A),
+#   [x] (a floor), a or b, \vec a \times \vec b, and A B = B A, as matrices do not commute.
 # - Nothing is rounded: 0.33 != 1/3. A percent is its value: 50% = 0.5, 50% != 50 (see `percent`).
 # - A unit or a currency counts only where both answers have one: 5 = 5 cm, 5 cm != 5 m. Units are
 #   those of UNITS, and plural nouns right after a number: 5 apples. Any other letter is a variable.
@@ -513,7 +515,7 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 #   list. 1,234 is a number, (1,234) a pair, 1,23 a list. x > 3 is the interval (3, infinity).
 # - Equations and inequalities are equal if one is a rational (and positive) multiple of the other.
 # - f(2) is a value of f, and no product; so is P(x); n(n+1) is a product. 52_8 is not 52, nor 42.
-# - (C) 12 equals C, and it equals 12. Words are compared without case.
+# - (C) 12 equals C, and it equals 12. Words are compared without case, but CO and Co are symbols.
 
 # Beyond any of these, or where reading it ends in an error, an answer is undecided.
 MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT, MAX_FACTORIAL = 500, 60, 10_000, 2100
@@ -702,7 +704,14 @@ def call_function(name, arguments):
 
 # ---- Digits: what residues cannot tell ----
 
-SPENT = threading.local()  # functions: how many were computed for this verdict
+
+class Spent(threading.local):
+    """How many functions this thread has computed for its present verdict."""
+
+    functions = 0
+
+
+SPENT = Spent()
 DIGITS = mpmath.MPContext()
 DIGITS.dps = 120
 CLOSE, LARGEST = DIGITS.mpf(10) ** -80, DIGITS.mpf(10) ** 30
@@ -1077,39 +1086,37 @@ GERMAN = r"(?<![\d,.])\d{1,3}(?:\.\d{3})+,\d+(?![\d,.])"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
 BOLD = r"\\(?:mathbf|boldsymbol|bm|vec|hat) ?(?:\{ ?[A-Za-z] ?\}|[A-Za-z](?![A-Za-z]))"
 BOLD_PRODUCT = rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD})).*"
-AMOUNT = r"(?:\\?\$)?\d+(?:\.\d+)?"
+AMOUNT = r'\d+(?:\.\d+)?(?: ?"dollar" ?|%| ?"degree" ?)?'
 RANGE = (  # alone, or an item: behind the start, a comma or a sign of equality
-    rf"(?:^|(?<=[,=] )|(?<=[,=$(]))(?<!\w\(){AMOUNT}(?:[-–]{AMOUNT})+"
-    r"(?=\$?$|,|\)$|\\?%|\\?\$| ?\\text| [a-z]{2})"
+    rf"(?:^[({{ ]*|(?<=[,=] )|(?<=[,=])){AMOUNT}(?:-{AMOUNT})+"
+    rf'(?=[)}} ]*$|,| ?"| ?(?!{FUNCTIONS}|pi|sqrt)(?:[cmk]m|kg|[a-z]{{3}})| m$)'
 )
-LETTER_D = r'(?:d|"d"|\\mathrm ?\{ ?d ?\}|\\partial) ?'
+LETTER_D = r'(?:d|"d"|\\partial) ?'
+DERIVED = r"(?<![A-Za-z])[A-Za-z] ?\^ ?\{ ?\( ?[A-Za-z\d] ?\) ?\}(?! ?[(\[{])"
 DERIVATIVE = (
-    rf"\\[dt]?frac ?\{{ ?{LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?"
+    rf"\\frac ?\{{ ?{LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?"
     rf"\{{ ?{LETTER_D}[A-Za-z\\]"
 )
 QUOTIENT_OF_D = (
     rf"(?<![A-Za-z\\]){LETTER_D}(?:\^ ?\{{?\d\}}? ?)?[A-Za-z]?(?:\([a-z]\))? ?/ ?{LETTER_D}[A-Za-z]"
 )
 # fmt: off
+rule(r"^(?:\$([^$]*)\$|\\\(((?:(?!\\\)).)*)\\\))$", r"\1\2", r"\(5\)", "5")
 # Two readings: a ? makes an answer undecided, but for its own text.
 # \sqrt23 is 3 sqrt(2) to TeX, and mostly not to its author; √23 is clear
-rule(r"\\sqrt ?(?=\d\d)", unclear, r"\sqrt23", r"?\sqrt23")
+rule(r"\\sqrt ?(?:\[\d\] ?)?(?=\d\d)", unclear, r"\sqrt23", r"?\sqrt23")
 rule(r"√ ?(\d+)", r"\\sqrt{\1}", "√23", r"\sqrt{23}")
-# ranges, scores, dates and phone numbers: 10-15 is a difference only with spaces, or in a formula
-rule(RANGE, unclear, "10-15", "?10-15")
 rule(r"(?<![\d/])\d+/\d+/\d+", unclear, "1/2/2020", "?1/2/2020")
 # 2e-1 is 0.2 or 2e minus 1; 1e-3, 1.5e-3, 2E-1 and 2e-05 are clear
 rule(r"(?<![\d.])(?!1e)\d+e[-+][1-9]\d?(?![\d.])", unclear, "2e-1", "?2e-1")
 rule(r"^\$?(?:~|\\sim) ?(?=[\d\\])", unclear, "~5", "?~5")
-# derivatives are no fractions of products
-rule(DERIVATIVE, unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
-rule(QUOTIENT_OF_D, unclear, "dy/dx", "?dy/dx")
 # products of vectors and matrices, which are bold, do not commute
 rule(BOLD_PRODUCT, unclear, r"\vec a \times \vec b", r"?\vec a ?x \vec b")
 # as sympy writes ln
 rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2)}", r"\ln {\left(2)}")
 # Decoration
 rule(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", superscript, "10²³", "10^{23}")
+rule(r"(?<=\d)[‐–](?=\d)", "-", "10–15", "10-15")
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
 rule(r"^(?!.*\\begin).*\\\\[A-Za-z].*$", unescaped, r"\\frac{1}{2}", r"\frac{1}{2}")
 rule(r"\\operatorname\*? ?\{ ?([A-Za-z]+) ?\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
@@ -1136,13 +1143,19 @@ rule(r"\\\$", ' "dollar" ', r"5\$", '5 "dollar"')
 rule(r"\$", " ", "$5$", "5")
 rule(r"^=|(?<!\.)[.,]$", "", "=5.", "5")
 rule(TEXT, quoted_words, r"5 \text{ cm}", '5 "cm"')
+rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
+# ranges, scores, dates and phone numbers: 10-15 is a difference only with spaces, or in a formula
+rule(RANGE, unclear, "10-15", "?10-15")
 rule(r"\\mathbb ?(?:\{ ?R ?\}|R)", r"\\reals ", r"\mathbb{R}", r"\reals")
 rule(r"\{([^{}]*)\\(?:over|choose)(?![a-z])([^{}]*)\}", stacked, r"{1 \over 2}", r"\frac{1 }{ 2}")
+# derivatives are no fractions of products
+rule(DERIVATIVE, unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
+rule(QUOTIENT_OF_D, unclear, "dy/dx", "?dy/dx")
+rule(DERIVED, unclear, "f^{(n)}", "?f^{(n)}")
 rule(rf"(?<![\d.^_A-Za-z])(\d+) ?{FRACTION}(?! ?\^)", mixed_fraction, r"1\frac{4}{5}", "{1+4/5}")
 rule(r"(?<![\d.^_A-Za-z/])(\d+) (\d+)/(\d+)(?! ?[\^\d])", mixed_number, "1 4/5", "{1+4/5}")
 rule(REPEATING, repeating_decimal, r"0.1\overline{6}", "{0.10+6/90}")
 rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
-rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
 rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*", "2 x 10^3", "2*10^3")
 rule(rf"(?<=[\d $}}]){WORD.format('percents?|pct')}", "%", "50 percent", "50 %")
 rule(WORD.format("mph"), "mi/h", "20 mph", "20 mi/h")
@@ -1191,7 +1204,7 @@ BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
 # f(x + 1) is a value of f, u(x + 1) may be one, a(x + 1) is a product.
 APPLIED = set("fghFGHPQRTC") | {"phi", "varphi", "psi", "sigma", "tau", "Gamma", "zeta", "mu"}
-MAY_BE_APPLIED = set("uvyBDEJLNSUWXY") | set(
+MAY_BE_APPLIED = set("pquvyBDEJLMNOSUVWXYZ") | set(
     words("omega eta delta chi xi rho Omega Theta Lambda Xi Psi Phi Pi Sigma Delta")
 )
 NEVER_APPLIED = {"pi", "e", "i"}
@@ -1969,7 +1982,7 @@ PRODUCT = re.compile(
     "(?!yes|six|any|max|day|why|way|box|key|boy)"
     "(?:[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}|[axyz]{2}|[aexyz]{2}[xyz]|[xyz][aexyz]{2})"
 )
-SHORT_WORDS = set(words("a an i yes no odd all any one two six ten none true mon tue red in on up"))
+SHORT_WORDS = set(words("a an i yes no odd all any one two six ten may red in on up"))
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 
@@ -1993,12 +2006,9 @@ def read_answer(text, units=True, percent="value", short_units=True):
         reading = read_answer(content, units, percent, short_units)
         return Reading(Shape("choice", reading.value, letter), reading.source)
 
-    for part in re.split(r",|\\and|\\or", text):
-        require(part.count(r"\pm") + part.count(r"\mp") <= 1, "two signs that may differ")
-    are_joined = text.count(r"\pm") > 1 and re.search(r"[(\[][^)\]]*,", text)
-    require(not are_joined, "two signs that may differ")
     values = []
     has_signs = r"\pm" in text or r"\mp" in text  # then there are two values, by either sign
+    require(not has_signs or is_one_sign(text), "two signs that may differ")
     for minus in (False, True)[: 1 + has_signs]:
         reader = Reader(text, minus, short_units)
         source = reader.sequence(END)
@@ -2014,10 +2024,17 @@ def read_answer(text, units=True, percent="value", short_units=True):
 
 def words_of(text):
     """Words, without case. Short ones may be symbols, with case, dots and primes as their name."""
-    exact = re.sub('[" ]', "", text).rstrip(".")
+    exact = " ".join(text.replace('"', " ").split()).rstrip(".")
     key = re.sub("[' .]", "", exact.lower())
     is_symbol = (len(key) <= 3 and key not in SHORT_WORDS) or "'" in exact
     return Shape("text", key, exact if is_symbol else "")
+
+
+def is_one_sign(text):
+    """Whether no item of an answer has two plus-or-minus signs, and no tuple has."""
+    counts = [len(re.findall(r"\\[pm]{2}\b", part)) for part in re.split(r",|\\and|\\or", text)]
+    has_tuple = re.search(r"[(\[][^)\]]*,", text) is not None
+    return max(counts) <= 1 and (sum(counts) <= 1 or not has_tuple)
 
 
 def ratio_of(text):
@@ -2099,7 +2116,9 @@ def same(a, b):
         return same_relation(a, b)
     if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
         has_sets = any(item.kind == "set" for item in elements(a) ^ elements(b))
-        is_part = "number" in kinds and not all(map(is_whole_value, elements(a) | elements(b)))
+        items = elements(a) | elements(b)
+        is_single = "number" in kinds and len(elements(a)) == len(elements(b)) == 1
+        is_part = is_single and not all(map(is_whole_value, items))  # may be {x}, a fractional part
         return None if has_sets or is_part else same_set(elements(a), elements(b))
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
@@ -2485,6 +2504,7 @@ def extract_answer(text, how, as_list=False):
 def is_list(gold):
     """Whether a gold answer has several values."""
     try:
+        SPENT.functions = 0
         gold = str(gold)
         require(len(gold) <= MAX_CHARS, "a long text")
         return read_answer(tidy(gold)).value.kind in ("list", "set", "assignments")
