@@ -26,6 +26,7 @@ import operator
 import random
 import re
 import sys
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -503,6 +504,8 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 #
 # The rules of equality:
 # - The same text, but for decoration, is the same answer, whatever it means.
+# - Two readings are undecided: 10-15 (a range), \sqrt23, dy/dx, 3e-2, 1,05,000, u(x + 1), det(2A),
+#   [x] (a floor), a or b, \vec a \times \vec b, and A B = B A, as matrices do not commute.
 # - Nothing is rounded: 0.33 != 1/3. A percent is its value: 50% = 0.5, 50% != 50 (see `percent`).
 # - A unit or a currency counts only where both answers have one: 5 = 5 cm, 5 cm != 5 m. Units are
 #   those of UNITS, and plural nouns right after a number: 5 apples. Any other letter is a variable.
@@ -512,11 +515,11 @@ def prompt_ids(question, tokenizer, instruction="", style="auto"):
 #   list. 1,234 is a number, (1,234) a pair, 1,23 a list. x > 3 is the interval (3, infinity).
 # - Equations and inequalities are equal if one is a rational (and positive) multiple of the other.
 # - f(2) is a value of f, and no product; so is P(x); n(n+1) is a product. 52_8 is not 52, nor 42.
-# - (C) 12 equals C, and it equals 12. Words are compared without case.
+# - (C) 12 equals C, and it equals 12. Words are compared without case, but CO and Co are symbols.
 
 # Beyond any of these, or where reading it ends in an error, an answer is undecided.
 MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT, MAX_FACTORIAL = 500, 60, 10_000, 2100
-MAX_FUNCTIONS = 30  # to be computed to many digits
+MAX_FUNCTIONS, MAX_SPENT = 30, 120  # to be computed to many digits, in a comparison, in a verdict
 
 
 def require(condition, why):
@@ -604,6 +607,7 @@ def number(fraction):
 ZERO, ONE, MINUS, IMAGINARY = number(0), number(1), number(-1), Number(0, 1, ("i",))
 HALF, HUNDREDTH = number(Fraction(1, 2)), number(Fraction(1, 100))
 INFINITY, MINUS_INFINITY = Shape("infinity", "infty_"), Shape("infinity", "minfty_")
+INFINITIES = {INFINITY, MINUS_INFINITY}
 REALS = Shape("()", (MINUS_INFINITY, INFINITY))
 
 
@@ -700,6 +704,14 @@ def call_function(name, arguments):
 
 # ---- Digits: what residues cannot tell ----
 
+
+class Spent(threading.local):
+    """How many functions this thread has computed for its present verdict."""
+
+    functions = 0
+
+
+SPENT = Spent()
 DIGITS = mpmath.MPContext()
 DIGITS.dps = 120
 CLOSE, LARGEST = DIGITS.mpf(10) ** -80, DIGITS.mpf(10) ** 30
@@ -776,7 +788,9 @@ def same_digits(a, b):
     Letters take random values near 1, of all signs. |x + 10| and x + 10 agree at these: where there
     are branches, values beyond all constants are tried, too.
     """
-    require(count_functions(a) + count_functions(b) <= MAX_FUNCTIONS, "long computations")
+    count = count_functions(a) + count_functions(b)
+    SPENT.functions += count
+    require(count <= MAX_FUNCTIONS and SPENT.functions <= MAX_SPENT, "long computations")
     letters = letters_of(a) | letters_of(b)
     if not letters and not leaves(a, "?") and not leaves(b, "?"):
         return agree(a, b, {})
@@ -787,9 +801,10 @@ def same_digits(a, b):
         for _, exponent in leaves(a, "^") | leaves(b, "^"):  # these would make huge powers
             bases -= letters_of(exponent)
         scales.append(scales[0] | dict.fromkeys(bases, large))
+    may_be_complex = bool(leaves(a, "abs") | leaves(b, "abs"))
     for scale_of in scales:
         agreed = 0
-        for point in random_points(scale_of):
+        for point in random_points(scale_of, may_be_complex):
             are_close = agree(a, b, point)
             if are_close is False:
                 return None  # maybe equal where they are asked for: n whole, x positive
@@ -799,13 +814,18 @@ def same_digits(a, b):
     return True
 
 
-def random_points(scale_of):
-    """{letter: value} of four points, which grow up to 8 times the scale_of each letter."""
+def random_points(scale_of, may_be_complex):
+    """{letter: value} of four points, which grow up to 8 times the scale_of each letter.
+
+    may_be_complex: z and w are, as |z|^2 is z^2 of real numbers only. Other letters are real.
+    """
     for k, signs in enumerate(SIGNS_OF_POINTS):
         point = {}
         for index, (name, scale) in enumerate(sorted(scale_of.items())):
             size = (1 + random_digits(f"{name} {k}")) * 2**k / 2
             point[name] = signs[index % 2] * size * scale.numerator / scale.denominator
+            if may_be_complex and name in ("z_", "w_"):
+                point[name] *= DIGITS.mpc(1, "0.3")
         yield point
 
 
@@ -914,18 +934,18 @@ NAMES = words(
 COMMANDS = pairs(
     r"dfrac@\frac tfrac@\frac cfrac@\frac dbinom@\binom tbinom@\binom cdot@* times@* ast@* div@/ "
     r"le@<= leq@<= leqslant@<= ge@>= geq@>= geqslant@>= ne@!= neq@!= lt@< gt@> vert@| lvert@| "
-    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] simeq@\approx cong@\approx "
+    r"rvert@| mid@| lbrace@\{ rbrace@\} lbrack@[ rbrack@] "
     r"degree@^\circ prime@' colon@: "
-    r"backslash@\setminus varnothing@\emptyset land@\and lor@\or wedge@\and vee@\or infin@\infty "
+    r"backslash@\setminus varnothing@\emptyset land@\wedge lor@\vee infin@\infty "
     r"asin@\arcsin acos@\arccos atan@\arctan lg@\log_{10} "
     "left@ right@ big@ Big@ bigl@ bigr@ Bigl@ Bigr@ bigg@ Bigg@ biggl@ biggr@ displaystyle@ "
     "textstyle@ boxed@ fbox@ mathbf@ boldsymbol@ mathit@ quad@ qquad@ limits@ middle@ "
     "operatorname@ enspace@ thinspace@"
 )
 SIGNS = pairs(
-    r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ²@^2 ³@^3 ½@\frac12 "
+    r"−@- –@- ‐@- ×@* ·@* ⋅@* ∙@* ÷@/ ⁄@/ ≤@<= ⩽@<= ≥@>= ⩾@>= ≠@!= ½@\frac12 "
     r"⅓@\frac13 ¼@\frac14 π@\pi θ@\theta ∞@\infty √@\sqrt °@^\circ ∪@\cup ∩@\cap ±@\pm ∈@\in "
-    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@\approx ∧@\and ∨@\or ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
+    r"∅@\emptyset ’@' ′@' “@ ”@ €@€ £@£ ≈@\approx ∧@\wedge ∨@\vee ℝ@\mathbb{R} ⟨@\langle ⟩@\rangle"
 )
 UNITS = pairs(
     "cm@centimeter km@kilometer mm@millimeter m@meter in@inch ft@foot feet@foot yd@yard mi@mile "
@@ -937,10 +957,12 @@ UNITS = pairs(
 )
 UNIT_NAMES = set(UNITS.values()) | set(
     words(
-        "day week month year unit dollar cent euro yen rupee cup gallon acre hectare square way "
-        "people person men women children percent radian time pint quart item point"
+        "day week month year unit dollar cent euro sterling yen rupee cup gallon acre hectare way "
+        "people person men women children radian time pint quart item point"
     )
 )
+ANY_CASE = set(words("cm km kg ft feet yd lb oz usd inche"))  # KM is km; Mg and mg are two units
+SYNONYMS = {"pound", "sterling"}  # 5 pounds may be £5
 KNOWN_UNITS = UNITS.keys() | UNIT_NAMES
 SHORT_UNITS = words("m s g L h N J W V")  # only right after a number: 5 m, but not 5m
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
@@ -948,12 +970,21 @@ COUNTED = (  # plurals that are numbers themselves: 3 tens, 5 halves, 2 sevenths
     r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|elevens|twelves|twenties|"
     r"\w*teens|\w*ties|dozens|scores|hundreds|thousands|\w*illions|halves|thirds|quarters|"
     r"(?!month)\w*ths|pairs|couples|doubles|triples|twins|tuples|powers|roots|cubes|times|plus|minus|"
-    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages|lakhs|crores"
+    r"less|\w*less|modulus|\w*ss|\w*us|\w*is|percents?|percentages|lakhs|crores|halfs|grosses|"
+    r"myriads|googols|permilles|permils|reciprocals|inverses|negatives|opposites|squares|grands|"
+    r"factorials|duos|trios|dyads|triads|\w*tets|multiples|bips|dozenths|logs|logarithms"
 )
 SPELLED = words("zero one two three four five six seven eight nine ten eleven twelve")
 BRACED = r"[^{}]*"
 for _ in range(3):  # what braces hold, with up to three more pairs inside
     BRACED = rf"(?:\\.|[^{{}}\\]|\{{{BRACED}\}})*"
+
+
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+
+
+def superscript(match):
+    return f"^{{{match[0].translate(SUPERSCRIPTS)}}}"
 
 
 def ascii_sign(match):
@@ -1004,10 +1035,32 @@ def stacked(match):
     return rf"\{name}{{{match[1]}}}{{{match[2]}}}"
 
 
+def unclear(match):
+    """The match behind a ?, which is no sign of answers: only the same text equals it."""
+    text = match[0].replace(",", "?").replace("×", r"\times")
+    return "?" + text.replace(r"\times", "?x")
+
+
+def separators(match):
+    """; as a comma, but where both separate items of one bracket, or it ends rows in [a; b; c]."""
+    text = match[0]
+    groups = []
+    count = 1
+    while count:  # the innermost brackets first
+        groups += INNERMOST.findall(text)
+        text, count = INNERMOST.subn("", text)
+    for group in [*groups, text]:
+        is_mixed = ";" in group and "," in group
+        if is_mixed or (group.startswith("[") and group.count(";") > 1):
+            return f"?{match[0]}"
+    return match[0].replace(";", ",")
+
+
 def spelled_number(match):
-    return str(SPELLED.index(match[0].lower()))
+    return str(SPELLED.index(match[1].lower()))
 
 
+INNERMOST = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 RULES = []  # (pattern, replacement, before, after), applied in this order: many rely on others
 
 
@@ -1026,11 +1079,47 @@ REPEATING = r"(\d*)\.(\d*)\\(?:overline|bar) ?\{(\d+)\}"
 DEGREE = r'\^ ?(?:\{ ?\\circ ?\}|\\circ)(?: ?"?([CF])"?(?![A-Za-z]))?'
 MATRIX = r"\\begin ?\{((?:p|b|small)?matrix|array)\}(.*?)(?:\\\\ ?)?\\end ?\{\1\}"
 THOUSANDS = r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)(?![^(\[{]*(?:[)\]]|\\\}))"
+SPACED_NUMBER = r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?(?=$| (?:\\text|[a-z]{2}))"
+ZEROS_IN_LIST = r"(?<![\d,.])\d+(?:,\d+)*,0\d[\d,]*|^\$?0,\d+(?=\$?$)"
+INDIAN = r"(?<![\d,.])\d{1,2}(?:,\d\d)+,\d{3}(?![\d,.])"
+GERMAN = r"(?<![\d,.])\d{1,3}(?:\.\d{3})+,\d+(?![\d,.])"
 MINUTES = r"(\d+) \"degree\" ?(\d+) ?'$"
+BOLD = r"\\(?:mathbf|boldsymbol|bm|vec|hat) ?(?:\{ ?[A-Za-z] ?\}|[A-Za-z](?![A-Za-z]))"
+BOLD_PRODUCT = rf"^(?=.*{BOLD}.*{BOLD})(?=.*(?:\\times|\\cdot|[*×·⋅)^]|{BOLD} ?{BOLD})).*"
+AMOUNT = r'\d+(?:\.\d+)?(?: ?"dollar" ?|%| ?"degree" ?)?'
+RANGE = (  # alone, or an item: behind the start, a comma or a sign of equality
+    rf"(?:^[({{ ]*|(?<=[,=] )|(?<=[,=])){AMOUNT}(?:-{AMOUNT})+"
+    rf'(?=[)}} ]*$|,| ?"| ?(?!{FUNCTIONS}|pi|sqrt)(?:[cmk]m|kg|[a-z]{{3}})| m$)'
+)
+LETTER_D = r'(?:d|"d"|\\partial) ?'
+DERIVED = r"(?<![A-Za-z])[A-Za-z] ?\^ ?\{ ?\( ?[A-Za-z\d] ?\) ?\}(?! ?[(\[{])"
+DERIVATIVE = (
+    rf"\\frac ?\{{ ?{LETTER_D}[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}} ?"
+    rf"\{{ ?{LETTER_D}[A-Za-z\\]"
+)
+QUOTIENT_OF_D = (
+    rf"(?<![A-Za-z\\]){LETTER_D}(?:\^ ?\{{?\d\}}? ?)?[A-Za-z]?(?:\([a-z]\))? ?/ ?{LETTER_D}[A-Za-z]"
+)
 # fmt: off
+rule(r"^(?:\$([^$]*)\$|\\\(((?:(?!\\\)).)*)\\\))$", r"\1\2", r"\(5\)", "5")
+# Two readings: a ? makes an answer undecided, but for its own text.
+# \sqrt23 is 3 sqrt(2) to TeX, and mostly not to its author; √23 is clear
+rule(r"\\sqrt ?(?:\[\d\] ?)?(?=\d\d)", unclear, r"\sqrt23", r"?\sqrt23")
+rule(r"√ ?(\d+)", r"\\sqrt{\1}", "√23", r"\sqrt{23}")
+rule(r"(?<![\d/])\d+/\d+/\d+", unclear, "1/2/2020", "?1/2/2020")
+# 2e-1 is 0.2 or 2e minus 1; 1e-3, 1.5e-3, 2E-1 and 2e-05 are clear
+rule(r"(?<![\d.])(?!1e)\d+e[-+][1-9]\d?(?![\d.])", unclear, "2e-1", "?2e-1")
+rule(r"^\$?(?:~|\\sim) ?(?=[\d\\])", unclear, "~5", "?~5")
+# products of vectors and matrices, which are bold, do not commute
+rule(BOLD_PRODUCT, unclear, r"\vec a \times \vec b", r"?\vec a ?x \vec b")
+# as sympy writes ln
+rule(r"\\log ?(?=\{ ?\\left ?\()", r"\\ln ", r"\log{\left(2)}", r"\ln {\left(2)}")
+# Decoration
+rule(r"[⁰¹²³⁴-⁹⁺⁻ⁿ]+", superscript, "10²³", "10^{23}")
+rule(r"(?<=\d)[‐–](?=\d)", "-", "10–15", "10-15")
 rule(r"[^\x00-\x7f]", ascii_sign, "3×4", "3 * 4")
 rule(r"^(?!.*\\begin).*\\\\[A-Za-z].*$", unescaped, r"\\frac{1}{2}", r"\frac{1}{2}")
-rule(r"\\operatorname\*? ?\{([a-z]+)\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
+rule(r"\\operatorname\*? ?\{ ?([A-Za-z]+) ?\}", r"\\\1 ", r"\operatorname{atan}", r"\atan")
 rule(r"\\([A-Za-z]+)\*?", plain_command, r"\dfrac{1}{2}", r"\frac{1}{2}")
 rule(r"\{(array)\} ?\{[lcr| ]*\}", r"{\1}", r"\begin{array}{cc}", r"\begin{array}")
 rule(MATRIX, matrix_call, r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\matrix((1,2,),(3,4,))")
@@ -1039,31 +1128,42 @@ rule(r"(?<!\\)\\[,;:!> ]|~", " ", r"3\,x", "3 x")
 rule(r"\\[()]|^\\\[|\\\]$|^\*\*|\*\*$|`", " ", r"\(5\)", "5")
 rule(r"\*\*", "^", "2**3", "2^3")
 rule(r"\\%", "%", r"50\%", "50%")
-rule(r"^-?\d{1,3}(?: \d{3})+(?:\.\d+)?$", without_separators, "1 234 567", "1234567")
+rule(SPACED_NUMBER, without_separators, "1 234 km", "1234 km")
 # not in brackets, where commas separate
 rule(THOUSANDS, without_separators, "1,234", "1234")
+# 1,05,000, 0,5 and 1.234,56: numbers to some readers, lists to others
+rule(rf"{ZEROS_IN_LIST}|{INDIAN}|{GERMAN}", unclear, "1,05,000", "?1?05?000")
+rule(r"^US(?=\\?\$)|^USD(?= ?\d)", r"\\$", "USD 18", r"\$ 18")
+rule(r"^\\\$ ?(?=\\?\$)", "", r"\$\$18", r"\$18")
 rule(r"(?:\\\$|^\$(?=[^$]*$)) ?(-?\d[\d,]*(?:\.\d+)?)", r'\1 "dollar" ', r"\$5", '5 "dollar"')
 rule(r"^([€£]) ?(\d[\d,]*(?:\.\d+)?)", r"\2 \1", "€5", "5 €")
 rule("€", ' "euro" ', "5 €", '5 "euro"')
-rule("£", ' "pound" ', "5 £", '5 "pound"')
+rule("£", ' "sterling" ', "5 £", '5 "sterling"')
 rule(r"\\\$", ' "dollar" ', r"5\$", '5 "dollar"')
 rule(r"\$", " ", "$5$", "5")
 rule(r"^=|(?<!\.)[.,]$", "", "=5.", "5")
 rule(TEXT, quoted_words, r"5 \text{ cm}", '5 "cm"')
+rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
+# ranges, scores, dates and phone numbers: 10-15 is a difference only with spaces, or in a formula
+rule(RANGE, unclear, "10-15", "?10-15")
 rule(r"\\mathbb ?(?:\{ ?R ?\}|R)", r"\\reals ", r"\mathbb{R}", r"\reals")
 rule(r"\{([^{}]*)\\(?:over|choose)(?![a-z])([^{}]*)\}", stacked, r"{1 \over 2}", r"\frac{1 }{ 2}")
+# derivatives are no fractions of products
+rule(DERIVATIVE, unclear, r"\frac{dy}{dx}", r"?\frac{dy}{dx}")
+rule(QUOTIENT_OF_D, unclear, "dy/dx", "?dy/dx")
+rule(DERIVED, unclear, "f^{(n)}", "?f^{(n)}")
 rule(rf"(?<![\d.^_A-Za-z])(\d+) ?{FRACTION}(?! ?\^)", mixed_fraction, r"1\frac{4}{5}", "{1+4/5}")
 rule(r"(?<![\d.^_A-Za-z/])(\d+) (\d+)/(\d+)(?! ?[\^\d])", mixed_number, "1 4/5", "{1+4/5}")
 rule(REPEATING, repeating_decimal, r"0.1\overline{6}", "{0.10+6/90}")
 rule(WORD.format("inf|infinity"), r"\\infty ", "(0,inf)", r"(0,\infty )")
-rule(DEGREE, r' "degree\1" ', r"30^\circ", '30 "degree"')
 rule(r"(?<=\d) ?x ?(?=10 ?\^)", "*", "2 x 10^3", "2*10^3")
-rule(rf"(?<=[\d $}}]){WORD.format('percent|pct')}", "%", "50 percent", "50 %")
+rule(rf"(?<=[\d $}}]){WORD.format('percents?|pct')}", "%", "50 percent", "50 %")
 rule(WORD.format("mph"), "mi/h", "20 mph", "20 mi/h")
 rule(WORD.format("per"), "/", "5 m per s", "5 m / s")
 rule(WORD.format("square|sq") + ' ("?[a-z]+"?)', r"\1^2", "5 square cm", "5 cm^2")
 rule(WORD.format("cubic") + ' ("?[a-z]+"?)', r"\1^3", "5 cubic cm", "5 cm^3")
-rule(f", ?{WORD.format('and|or')}|;", ",", "1, 2, and 3", "1, 2, 3")
+rule(r"^.*;.*$", separators, "(1; 2)", "(1, 2)")
+rule(f", ?{WORD.format('and|or')}", ",", "1, 2, and 3", "1, 2, 3")
 rule(f"{WORD.format('and')}|&", r"\\and ", '2 "and" 3', r"2 \and 3")
 rule(WORD.format("or"), r"\\or ", "2 or 3", r"2 \or 3")
 rule(WORD.format(f"({FUNCTIONS}|pi|sqrt)"), r"\\\1 ", "2sin(x)", r"2\sin (x)")
@@ -1073,6 +1173,8 @@ rule(r"^([A-Za-z]\w?|[A-Z]+) ?\\approx", r"\1 =", r"x \approx 3.1", "x = 3.1")
 rule(r" ?\\approx ?-?\d*\.\d+$", "", r"\sqrt{2} \approx 1.41", r"\sqrt{2}")
 rule(MINUTES, r'{\1+\2/60} "degree"', "60 \"degree\" 42'", '{60+42/60} "degree"')
 rule(rf'(?i)^"?({"|".join(SPELLED)})"?$', spelled_number, "two", "2")
+rule(r"(?i)^(?:option|choice) (?=\(?[A-J]\)?$)", "", "Option C", "C")
+rule(r"^([A-J])[.)] (?=[\d\\-])", r"(\1) ", "C. 12", "(C) 12")
 rule(r'^[({]* ?"?([A-J])"? ?[)}.:]*$', r"\1", "(C)", "C")
 # fmt: on
 
@@ -1096,12 +1198,18 @@ TOKEN = re.compile(
 END = ""  # the token after the last
 BINARY = pairs(
     r"+@+ -@- *@* /@/ =@== <@< >@> <=@<= >=@>= !=@!= ,@, \in@in \cup@| \and@and \or@or \pm@+ "
-    r"\mp@- \setminus@-"
+    r"\mp@- \setminus@- \wedge@and \vee@or"
 )
 BRACKETS = {"()": "({})", "[]": "[{}]", "(]": "leftopen({})", "[)": "rightopen({})"}
 BRACKETS |= {"][": "({})", "]]": "leftopen({})", "[[": "rightopen({})"}  # as the French write them
+# f(x + 1) is a value of f, u(x + 1) may be one, a(x + 1) is a product.
 APPLIED = set("fghFGHPQRTC") | {"phi", "varphi", "psi", "sigma", "tau", "Gamma", "zeta", "mu"}
+MAY_BE_APPLIED = set("pquvyBDEJLMNOSUVWXYZ") | set(
+    words("omega eta delta chi xi rho Omega Theta Lambda Xi Psi Phi Pi Sigma Delta")
+)
 NEVER_APPLIED = {"pi", "e", "i"}
+OPENINGS = ("(", "[", "{")
+SPELLED_FUNCTION = re.compile(f"(?:{FUNCTIONS}|sqrt)(?=.)|.(?:ln|log|sin|cos|tan|exp|sqrt)")
 DECORATED = words("overline vec bar hat widehat tilde dot angle triangle underline overrightarrow")
 
 
@@ -1122,6 +1230,10 @@ def split_tokens(text):
         is_spaced = match.start() > end
         end = match.end()
         if kind == "letters" and len(word) > 1 and is_product(word):
+            require(not SPELLED_FUNCTION.search(word), "lnx, which may be ln x")
+            is_before_bracket = text[end : end + 2].strip()[:1] in ("(", "[", "{")
+            is_clear = not is_before_bracket or is_product_before_bracket(word)
+            require(is_clear, "letters before a bracket that may be the name of a function")
             tokens.append(Token(word[0], kind, is_spaced))
             tokens += [Token(letter, kind, False) for letter in word[1:]]
         else:
@@ -1136,6 +1248,14 @@ def is_product(word):
     return len(word) <= 3 or not re.search("[aeiou]", word)
 
 
+def is_product_before_bracket(word):
+    """Whether the letters of ab(c + d) are a product for certain, and those of det(A), Re(z) not.
+
+    Those of a product ascend, and names of functions have vowels: abc, kx, mn.
+    """
+    return word != "abs" and re.fullmatch("[a-z][^eiou]*", word) and list(word) == sorted(word)
+
+
 class Reader:
     """Spells a tidy answer as Python: 2x as c0*x_, \\frac12 as ((c0)/(c1)), 5 m as c0*u0_meter.
 
@@ -1146,6 +1266,8 @@ class Reader:
         """minus: read \\pm as a minus. short_units: read the m of 5 m as a unit."""
         if minus:
             text = text.replace(r"\pm", "-").replace(r"\mp", "+")
+        has_logic = r"\wedge" in text or r"\vee" in text
+        require(not has_logic or re.search("[<>=]", text), "logic of letters")
         self.tokens = split_tokens(text)
         self.tokens.append(Token(END, "end", False))
         self.position = 0
@@ -1206,6 +1328,8 @@ class Reader:
                     words.append("*")
                 words.append(factor)
                 is_factor = True
+                is_name = token.text == "{" and re.fullmatch(r"\([A-Za-z][A-Za-z_* ]*\)", factor)
+                require(not is_name or self.next not in ("(", "["), "{f}(0), or {x}(x + 1)")
         return " ".join(words)
 
     def require_product(self, words, factor, token):
@@ -1214,6 +1338,8 @@ class Reader:
         require(not are_numbers, "numbers in a row")
         if token.kind == "number":  # (x + 1) 2, but neither x2 nor x 2
             require(token.is_spaced and words[-1][-1] == ")", "a number behind a letter")
+        are_functions = token.text == "(" and re.fullmatch(r"\([fgh]_ [-+*] [fgh]_\)", words[-1])
+        require(not are_functions, "a sum or a product of functions, of something")
         are_words = is_word(factor) or is_word(words[-1])
         require(not are_words, "a word in a product")
         if words[-2:-1] == ["/"]:
@@ -1313,6 +1439,10 @@ class Reader:
             text += token if token != " " else ""
         return text.strip("{}")
 
+    def coded_argument(self):
+        """The tokens of one argument as a part of a name, which keeps every sign."""
+        return re.sub(r"\W", lambda match: f"o{ord(match[0])}", self.raw_argument())
+
     def unit(self, token):
         """Python for a unit. Degrees in a function are an angle."""
         name = unit_name(token.text)
@@ -1323,35 +1453,48 @@ class Reader:
     def letter(self, token):
         """Python for a letter or a word, with its index, or for the value of a function f(...)."""
         name = token.text
+        is_unknown = token.kind == "word" and len(name) > 1 and self.next in OPENINGS
+        require(not is_unknown, "a function that is not known")
         while self.next == "'":
             name += "prime"
             self.take()
         if self.next == "_":
             self.take()
-            name += "_" + re.sub(r"\W", lambda match: f"o{ord(match[0])}", self.raw_argument())
+            name += "_" + self.coded_argument()
         return self.applied(name)
 
     def applied(self, name):
-        """Python for a name, which a bracket behind it may make a function."""
+        """Python for a name, which a bracket of any kind behind it may make a function."""
         if name in APPLIED and self.next == "^":  # f^{-1}(x): a function of that name
             start = self.position
             self.take()
-            exponent = re.sub(r"\W", "m", self.raw_argument())
-            if self.next == "(":
+            exponent = self.coded_argument()
+            if self.next in OPENINGS:
                 name += f"_to_{exponent}"
             else:
                 self.position = start
-        if self.next != "(" or name in NEVER_APPLIED:
+        is_called = self.next in ("(", "[") or self.is_call_in_braces()
+        if not is_called or name in NEVER_APPLIED:
             return f"{name}_"
+
         start = self.position
-        self.take()
-        inner = self.sequence(")", "]")
+        opening = self.take().text
+        inner = self.sequence(")", "]", "}")
         is_simple = re.fullmatch(r"\w+|.*,.*", inner) is not None
-        if name in APPLIED or name.startswith(tuple("fgh")) or name.isupper() or is_simple:
-            self.expect(")")
+        is_function = name in APPLIED or name.startswith(tuple("fgh")) or name.isupper()
+        if is_function or is_simple or "prime" in name or (opening == "[" and name == "E"):
+            require(opening + self.take().text in ("()", "[]", "{}"), "brackets that do not match")
             return f"{name}_({inner})"
+        require(opening == "(", "a letter before a bracket of another kind")
+        is_factored = f"{name}_" in inner  # u(u + 1) is a product
+        may_be_applied = name.partition("_")[0] in MAY_BE_APPLIED
+        require(is_factored or not may_be_applied, "a product or a value of a function")
         self.position = start
         return f"{name}_"
+
+    def is_call_in_braces(self):
+        """Whether {(...)} comes next, as sympy writes what a function is applied to."""
+        return self.next == "{" and self.tokens[self.position + 1].text in ("(", "[")
 
     def command(self, token):
         """Python for a command with its arguments."""
@@ -1378,8 +1521,17 @@ class Reader:
             self.take()
             return f"vector({inner})"
         if name in DECORATED:
-            return f"{name}_{re.sub(r'[^A-Za-z0-9]', '', self.raw_argument())}_"
+            return self.decorated(name)
         require(name in ("reals", "emptyset"), "a command that no answer has")
+        return f"{name}_"
+
+    def decorated(self, name):
+        """Python for a letter, or several, with a sign above or before them."""
+        name += f"_{self.coded_argument()}"
+        if name.startswith(("angle", "triangle")):  # \\angle A B C
+            while self.tokens[self.position].kind == "letters":
+                name += self.take().text
+        require(self.next not in ("(", "[", "{"), "a decorated letter, of something")
         return f"{name}_"
 
     def root(self):
@@ -1411,9 +1563,6 @@ class Reader:
 
         self.in_function += 1
         if self.next in ("(", "{", "["):
-            is_natural = name == "log" and self.next == "{" and not base  # as sympy writes it
-            if is_natural and self.tokens[self.position + 1].text == "(":
-                name = "ln"
             argument = self.argument()
         else:
             argument = self.bare_argument()
@@ -1469,7 +1618,8 @@ def unit_name(word):
     name = word.lower()
     if len(name) > 3 and name.endswith("s"):
         name = name[:-1]
-    return UNITS.get(name, name)
+    is_clear = name in ANY_CASE or len(name) > 3 or word.islower()
+    return UNITS.get(name, name) if is_clear else word
 
 
 def is_unit(token, words, is_factor, reader):
@@ -1523,7 +1673,7 @@ class Evaluator:
             case ast.Call(ast.Name(name), arguments, []):
                 return self.called(name, arguments)
             case ast.List([item]):
-                return self.value(item)
+                return bracketed(self.value(item))
             case ast.List([_, _] as items):
                 return Shape("[]", self.values(items))
             case ast.List(items) | ast.Tuple(items):
@@ -1565,8 +1715,9 @@ class Evaluator:
         """The value of two operands and what joins them."""
         if isinstance(operation, SUMS) and not self.units:
             require(not has_units(left) and not has_units(right), "units that do not count")
-        a, b = self.value(left), self.value(right)
+        a, b = self.value(grouped(left, operation)), self.value(grouped(right, operation))
         if isinstance(operation, ast.BitOr):
+            require("number" not in (a.kind, b.kind), "a union of letters")
             kind = "set" if a.kind == b.kind == "set" else "union"
             return Shape(kind, elements(a) | elements(b))
         if b.kind == "set" and isinstance(operation, ast.Sub):
@@ -1581,6 +1732,8 @@ class Evaluator:
         """The value of a function, a shape, or an unknown function f_(x)."""
         if name == "such":
             return self.such(*nodes)
+        if name in CALLED:
+            return call_function(name, self.values([grouped(node, None) for node in nodes]))
         values = self.values(nodes)
         if name in ("leftopen", "rightopen"):
             require(len(values) == 2, "an interval of two ends")
@@ -1594,8 +1747,6 @@ class Evaluator:
             return Shape("matrix", items, f"{len(values)} x {width}")
         if name == "percent":
             return values[0] * HUNDREDTH if self.percent == "value" else values[0]
-        if name in CALLED:
-            return call_function(name, values)
         require(name.endswith("_") and values, "a call that no answer has")
         value = unknown(name, *values)
         return Number(value.real, 0, ("?", name, *[argument.tree for argument in values]))
@@ -1674,6 +1825,31 @@ class Evaluator:
         return Shape("is", Shape(INTERVALS[signs], ends), names[1])
 
 
+def grouped(node, operation):
+    """What stands in square brackets where they group it: [x + 1] y, [n(n + 1)/2]^2, ln[2x].
+
+    Not in [x] y and [x/2] + 1, where they may mean the floor.
+    """
+    if not isinstance(node, ast.List) or len(node.elts) != 1:
+        return node
+    inner = node.elts[0]
+    is_term = isinstance(inner, ast.BinOp)
+    is_sum = is_term and isinstance(inner.op, SUMS)
+    return inner if is_sum or (is_term and not isinstance(operation, SUMS)) else node
+
+
+def bracketed(value):
+    """[5] is 5; any other number in brackets may be its floor, or a list."""
+    is_clear = value.kind != "number" or is_whole_value(value)
+    return value if is_clear else Shape("bracketed", value)
+
+
+def is_whole_value(value):
+    """Whether a value is a whole number."""
+    fraction = value.fraction() if value.kind == "number" else None
+    return fraction is not None and fraction.denominator == 1
+
+
 def times(a, b):
     """The product of two values: of numbers, or of a number with a matrix or a tuple."""
     if a.kind == b.kind == "number":
@@ -1692,15 +1868,45 @@ def elementwise(operation, a, b):
 
 
 def joined(operation, values):
-    """What values joined by and, or by or are: of intervals their union, otherwise a list."""
+    """What values joined by and, or by or are: of intervals of one name their union, or what they
+    have in common; otherwise a list, of values of one name where it is or that joins them."""
     names = {value.name for value in values if value.kind == "is"}
     are_sets = all(is_set_of_numbers(unnamed(value)) for value in values)
-    if are_sets and isinstance(operation, ast.Or) and len(names) <= 1:
+    if are_sets and len(names) <= 1 and isinstance(operation, ast.Or):
         union = Shape("union", frozenset().union(*[elements(unnamed(value)) for value in values]))
         return Shape("is", union, *names) if names else union
+    if are_sets and len(names) == 1 and len(values) == 2:
+        return Shape("is", common_part(*map(unnamed, values)), *names)
     are_conditions = any(value.kind == "is" and is_set_of_numbers(value.items) for value in values)
     require(not are_conditions, "several conditions")
+    are_statements = any(value.kind in RELATIONS for value in values) or len(names) > 1
+    require(not (are_statements and isinstance(operation, ast.Or)), "statements of which one holds")
+    are_letters = any(is_letter(value) for value in values)
+    require(not are_letters, "letters, which may be statements")
     return bare_list(values)
+
+
+def is_letter(value):
+    """Whether a value is a single letter."""
+    return value.kind == "number" and isinstance(value.tree, tuple) and value.tree[0] == "symbol"
+
+
+def is_half_line(value):
+    """Whether a value is an interval with one end, as x > 3 is."""
+    return value.kind in INTERVALS.values() and bool(INFINITIES.intersection(value.items))
+
+
+def common_part(a, b):
+    """The interval of what is in both a half-line to the right and one to the left."""
+    if a.items[0] == MINUS_INFINITY:
+        a, b = b, a
+    kinds = set(INTERVALS.values())
+    require({a.kind, b.kind} <= kinds and a.items[1] == INFINITY, "no half-lines")
+    is_clear = b.items[0] == MINUS_INFINITY and real_size(a.items[0]) < real_size(b.items[1])
+    require(is_clear, "no half-lines, or nothing in common")
+    is_closed = (a.kind == "rightopen", b.kind == "leftopen")
+    kind = {(0, 0): "()", (1, 1): "[]", (0, 1): "leftopen", (1, 0): "rightopen"}[is_closed]
+    return Shape(kind, (a.items[0], b.items[1]))
 
 
 def is_set_of_numbers(value):
@@ -1760,8 +1966,9 @@ class Reading:
     source: str = ""  # in Python
 
     @property
-    def has_units(self):
-        return re.search(r"\bu0_", self.source) is not None
+    def units(self):
+        """The names of the units in it."""
+        return set(re.findall(r"\bu0_(\w+)", self.source))
 
     @property
     def letters(self):
@@ -1770,7 +1977,12 @@ class Reading:
 
 
 WORDS = re.compile("[A-Za-z\"' .]*[A-Za-z]{2}[A-Za-z\"' .]*")
-PRODUCT = re.compile("[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}")  # a run of letters, but no word
+# A run of letters, but no word.
+PRODUCT = re.compile(
+    "(?!yes|six|any|max|day|why|way|box|key|boy)"
+    "(?:[abcd]{2,3}|[bcdfghjklmnpqrstvwxyz]{2,3}|[axyz]{2}|[aexyz]{2}[xyz]|[xyz][aexyz]{2})"
+)
+SHORT_WORDS = set(words("a an i yes no odd all any one two six ten may red in on up"))
 PLAIN = re.compile(r"-?[0-9]{1,40}(\.[0-9]{1,40})?")
 CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 
@@ -1778,23 +1990,25 @@ CHOICE = re.compile(r'\( ?"([A-J])" ?\) ([-\d\\("].*)|\(([A-J])\) ([\d\\].*)')
 def read_answer(text, units=True, percent="value", short_units=True):
     """The Reading of a tidy answer. Several items are a bare list. ValueError if there is none."""
     if WORDS.fullmatch(text) and not PRODUCT.fullmatch(text):
-        return Reading(Shape("text", re.sub("[\"' .]", "", text.lower())))
+        return Reading(words_of(text))
     if ":" in text and "\\" in text and r"\{" not in text:  # a ratio of values
         parts = [read_answer(part, units, percent, short_units) for part in text.split(":")]
         source = " ".join(part.source for part in parts)
         return Reading(Shape("ratio", tuple(part.value for part in parts)), source)
     if ":" in text and r"\{" not in text:  # a ratio, a time
-        return Reading(Shape("text", re.sub("[\"' ]", "", text.lower())))
+        return Reading(ratio_of(text))
     if re.fullmatch("[A-J]", text):
         return Reading(Shape("choice", None, text))
     choice = CHOICE.fullmatch(text)
     if choice:
         letter, content = [group for group in choice.groups() if group]
+        require(not re.search(r"(?:\\and|\\or|,) ?\(?[A-J]\b", content), "two choices")
         reading = read_answer(content, units, percent, short_units)
         return Reading(Shape("choice", reading.value, letter), reading.source)
 
     values = []
     has_signs = r"\pm" in text or r"\mp" in text  # then there are two values, by either sign
+    require(not has_signs or is_one_sign(text), "two signs that may differ")
     for minus in (False, True)[: 1 + has_signs]:
         reader = Reader(text, minus, short_units)
         source = reader.sequence(END)
@@ -1806,6 +2020,27 @@ def read_answer(text, units=True, percent="value", short_units=True):
     if has_signs and all(value.kind == "set" for value in values):
         return Reading(Shape("set", frozenset().union(*map(elements, values))), source)
     return Reading(bare_list(values), source)
+
+
+def words_of(text):
+    """Words, without case. Short ones may be symbols, with case, dots and primes as their name."""
+    exact = " ".join(text.replace('"', " ").split()).rstrip(".")
+    key = re.sub("[' .]", "", exact.lower())
+    is_symbol = (len(key) <= 3 and key not in SHORT_WORDS) or "'" in exact
+    return Shape("text", key, exact if is_symbol else "")
+
+
+def is_one_sign(text):
+    """Whether no item of an answer has two plus-or-minus signs, and no tuple has."""
+    counts = [len(re.findall(r"\\[pm]{2}\b", part)) for part in re.split(r",|\\and|\\or", text)]
+    has_tuple = re.search(r"[(\[][^)\]]*,", text) is not None
+    return max(counts) <= 1 and (sum(counts) <= 1 or not has_tuple)
+
+
+def ratio_of(text):
+    """A ratio or a time as words, with case and with the spaces between its parts."""
+    exact = re.sub(" ?: ?", ":", text.replace('"', "")).strip()
+    return Shape("text", re.sub("[' ]", "", exact.lower()), exact)
 
 
 def units_of_items(source):
@@ -1825,6 +2060,8 @@ def bare_list(values):
     names = [value.name for value in values if value.kind == "is"]
     if len(values) == 1:
         return values[0]
+    are_conditions = all(value.kind == "is" and is_half_line(value.items) for value in values)
+    require(not are_conditions, "several conditions, which hold together or one by one")
     # x = 1 or x = 2; x = 1, 2: one name is said to be all of them.
     if len(set(names)) == 1 and values[0].kind == "is":
         return Shape("is", bare_list([unnamed(value) for value in values]), names[0])
@@ -1879,11 +2116,14 @@ def same(a, b):
         return same_relation(a, b)
     if "set" in kinds and kinds <= {"set", "list", "number", "()"}:
         has_sets = any(item.kind == "set" for item in elements(a) ^ elements(b))
-        return None if has_sets else same_set(elements(a), elements(b))
+        items = elements(a) | elements(b)
+        is_single = "number" in kinds and len(elements(a)) == len(elements(b)) == 1
+        is_part = is_single and not all(map(is_whole_value, items))  # may be {x}, a fractional part
+        return None if has_sets or is_part else same_set(elements(a), elements(b))
     if "union" in kinds:  # (1, 2] and [2, 3) make (1, 3), too: this is not looked at
         return same_set(elements(a), elements(b)) or None
     if len(kinds) > 1:
-        return False if kinds <= NEVER_THE_SAME else None
+        return False if kinds <= NEVER_THE_SAME and kinds != {"list", "[]"} else None
     return same_items(a, b)
 
 
@@ -1907,8 +2147,12 @@ def same_items(a, b):
     """Whether two shapes of one kind have the same items."""
     if a == b:
         return True
+    if a.kind == "text" and (a.items == b.items or sorted(a.items) == sorted(b.items)):
+        return None  # CO and Co; ae and ea
     if a.name != b.name or a.kind in ("text", "infinity"):
         return False
+    if a.kind == "bracketed":
+        return same(a.items, b.items)
     if a.kind == "list":
         return same_list(a.items, b.items)
     return same_tuple(a.items, b.items)
@@ -2053,6 +2297,37 @@ def compact(text):
     return re.sub("(?<![0-9A-Za-z]) | (?![0-9A-Za-z])", "", text)
 
 
+CAPITAL = re.compile(r"\b[A-Z]\w*_\b(?!\()")
+
+
+def commutes(a, b):
+    """Whether two equal sources in Python are equal of matrices, points and molecules, too.
+
+    Where an answer multiplies different names in capitals, both must have them in the same order,
+    without powers of them together: A B is not B A, and (A + B)^2 is not A^2 + 2 A B + B^2.
+    """
+    orders = [CAPITAL.findall(source) for source in (a, b)]
+    if len(set(orders[0])) < 2 and len(set(orders[1])) < 2:
+        return True
+    products = [capital_products(ast.parse(f"({source})").body[0].value) for source in (a, b)]
+    kinds = set().union(*products)
+    return not kinds or (orders[0] == orders[1] and kinds == {"*"})
+
+
+def capital_products(node):
+    """{"*", "^"}: which of these a tree has of different names in capitals."""
+    found = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult | ast.Pow):
+            is_power = isinstance(part.op, ast.Pow)
+            left = set(CAPITAL.findall(ast.unparse(part.left)))
+            right = set() if is_power else set(CAPITAL.findall(ast.unparse(part.right)))
+            is_mixed = len(left | right) > 1 and (is_power or (left and right))
+            if is_mixed:
+                found.add("^" if is_power else "*")
+    return found
+
+
 def answers_equal(answer, gold, percent="value"):
     """True, False, or None when undecided (which counts as not equal). Symmetric; never raises.
 
@@ -2062,7 +2337,9 @@ def answers_equal(answer, gold, percent="value"):
     if answer is None or gold is None:
         return None
     try:
-        return verdict(str(answer).strip(), str(gold).strip(), percent)
+        SPENT.functions = 0
+        texts = sorted([str(answer).strip(), str(gold).strip()])  # their order cannot matter
+        return verdict(*texts, percent)
     except Exception:
         return None
 
@@ -2087,11 +2364,18 @@ def verdict(answer, gold, percent):
     if a.letters & set(SHORT_UNITS):
         b = read_answer(gold, short_units=False)
     # Units on one side only do not count.
-    if a.has_units and not b.has_units:
+    if a.units and not b.units:
         a = read_answer(answer, units=False)
-    elif b.has_units and not a.has_units:
+    elif b.units and not a.units:
         b = read_answer(gold, units=False)
     equal = same(a.value, b.value)
+    if (
+        equal is False and a.units and b.units and a.units != b.units
+    ):  # 5 cm is not 5 m, but 100 cm may be 1 m
+        a, b = read_answer(answer, units=False), read_answer(gold, units=False)
+        require(same(a.value, b.value) and not a.units & SYNONYMS, "units of one quantity")
+    if equal and not commutes(a.source, b.source):
+        return None
     if percent == "either" and equal is not True and ("%" in answer) != ("%" in gold):
         a, b = read_answer(answer, percent="sign"), read_answer(gold, percent="sign")
         equal = same(a.value, b.value)
@@ -2109,7 +2393,13 @@ HASH = re.compile(r"####[ \t]*([^\n]*)")
 HEADING = re.compile(r"(?:\d+\.\s+)?[A-Za-z]{2,}\b[ \t:.*]+\S")  # Step 2: Solve
 PHRASE = re.compile(r"(?i)\banswer\**\s*(?:\bis\b|\bwould be\b|\bwill be\b|[:=])[\s*:]*")
 SAYS = re.compile(r"\b(?:is|are)\b")
-SENTENCE = re.compile(r"[^\n]{0,500}?(?=\.\s|\.?\**$|,?\s(?:because|since|which|so)\b)", re.M)
+# The first clause of a sentence: what follows a reason, a condition or "(see above)" is none of it.
+CLAUSE = r"because|since|which|so|where|when|whenever|if|but|while|whereas|unless|as|provided|for"
+SENTENCE = re.compile(
+    rf"[^\n]{{0,500}}?(?=\.\s|\.?\**$|,?\s(?:{CLAUSE})\b|,\s(?:and|with)\s(?!or\b)[A-Za-z]{{2}}|"
+    r"\s\((?!mod)[A-Za-z]{3})",
+    re.MULTILINE,
+)
 
 
 @dataclass
@@ -2214,7 +2504,10 @@ def extract_answer(text, how, as_list=False):
 def is_list(gold):
     """Whether a gold answer has several values."""
     try:
-        return read_answer(tidy(str(gold))).value.kind in ("list", "set", "assignments")
+        SPENT.functions = 0
+        gold = str(gold)
+        require(len(gold) <= MAX_CHARS, "a long text")
+        return read_answer(tidy(gold)).value.kind in ("list", "set", "assignments")
     except Exception:
         return False
 

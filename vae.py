@@ -949,7 +949,7 @@ def write_text(path, text):
     """Replace a file in one step: readers see the old content or the new, never a part."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

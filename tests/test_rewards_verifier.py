@@ -207,6 +207,65 @@ def test_nothing_raises_whatever_the_type():
     assert answers_equal(3, "3.0") is True
 
 
+# ---- two readings ----
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "10-15",
+        "1/2/2020",
+        r"\sqrt23",
+        r"\frac{dy}{dx}",
+        "3e-2",
+        "1,05,000",
+        "u(x+1)",
+        "det(2A)",
+        r"\overline{a+b}",
+        r"\pm 1 \pm 2",
+        r"p \vee q",
+        r"\vec a \times \vec b",
+        "A B",
+        "[x]",
+        "~5",
+        r"G \cong H",
+    ],
+)
+def test_what_has_two_readings_equals_its_own_text_and_no_other(answer):
+    assert are_equal(answer, answer) is True
+    assert are_equal(f"${answer}$", rf"\({answer}\)") is True
+    assert are_equal(f"{answer}.", rf"\\text{{{answer}}}") is not False
+    for gold in ("5", "-5", "0", "x", "A", r"\frac{1}{2}", "(1, 2)", "yes"):
+        assert are_equal(answer, gold) is not True
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("100 cm", "1 m"),
+        ("180^\\circ", r"\pi \text{ radians}"),
+        ("£5", "5 pounds"),
+        ("[1, 2]", "1, 2"),
+        ("AB", "Ab"),
+        ("A B", "B A"),
+        ("x>1, x<3", "(1,3)"),
+        (r"|z|^2", "z^2"),
+    ],
+)
+def test_what_may_be_equal_is_never_called_different(answer, gold):
+    assert are_equal(answer, gold) is None
+
+
+def test_all_comparisons_of_a_verdict_share_one_budget():
+    sines = ",".join(rf"\sin({n}x+1)" for n in range(1, 11))
+    cosines = ",".join(rf"\cos({n}x+1)" for n in range(1, 11))
+    start = time.process_time()
+    assert are_equal(sines, cosines) is None
+    assert are_equal(rf"\{{{sines}\}}", rf"\{{{cosines}\}}") is None
+    assert time.process_time() - start < 0.8  # four verdicts; each takes 50 ms at most
+    assert rewards.is_list("1, 2") and not rewards.is_list("1," * 25_000)
+
+
 # ---- hostile inputs ----
 
 
@@ -437,6 +496,14 @@ def test_the_golds_of_math500_equal_no_other(golds):
         ("**Answer**: 42", "phrase", "42"),
         ("Answer: **42**", "phrase", "42"),
         ("the answer is:\n\n42", "phrase", "42"),
+        ("The answer is x = 5 where y is 3.", "phrase", "x = 5"),
+        ("The answer is 5, and the check is 7.", "phrase", "5"),
+        ("The answer is 1, 2, and 3.", "phrase", "1, 2, and 3"),
+        ("The answer is 5 if n is even.", "phrase", "5"),
+        ("The answer is 12 (see above).", "phrase", "12"),
+        ("The answer is (1, 2).", "phrase", "(1, 2)"),
+        ("The answer is 3 (mod 7).", "phrase", "3 (mod 7)"),
+        ("The answer is that x is 4.", "phrase", "4"),
     ],
 )
 def test_extraction(text, how, answer):

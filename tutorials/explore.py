@@ -17,6 +17,7 @@ Run it (about 15 seconds; `python grpo.py` does it at its end):
 import base64
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,16 @@ STAGES = (
 )
 
 
+def seed_of(folder):
+    """(the seed that a folder's name ends with, the name): s2 comes before s10."""
+    digits = re.search(r"\d*$", folder.name)[0]
+    return int(digits or 0), folder.name
+
+
 def folder_of(stage, root):
     """The folder of a stage in the run folder; None where there is none that is finished."""
     for pattern in stage.folders:
-        for folder in sorted(Path(root).glob(pattern)):
+        for folder in sorted(Path(root).glob(pattern), key=seed_of):
             if (folder / "policy" / "config.json").is_file():
                 return folder
     return None
@@ -372,8 +379,8 @@ def marks_of(data):
 
 def page_of(data):
     """The template with the data in it: a whole page."""
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    page = TEMPLATE.read_text()
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    page = TEMPLATE.read_text(encoding="utf-8")
     return page.replace("__MARKS__", marks_of(data)).replace("__DATA__", text)
 
 
