@@ -904,7 +904,7 @@ def test_control_is_a_table_of_losses_with_paired_intervals(control_config, vae,
     [
         ({"vae": "none"}, "it needs a VAE, not --vae none"),
         ({"traces": ["nowhere.jsonl"]}, "no such file: nowhere.jsonl"),
-        ({"limit": 20}, "a domain has no held-out trace"),
+        ({"limit": 20}, "has no held-out trace: every tenth"),
     ],
 )
 def test_what_control_cannot_be_measured_on_is_one_sentence(control_config, changes, message):
