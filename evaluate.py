@@ -13,7 +13,8 @@ bootstrap interval. Every source of prefixes in prefix.SOURCES that names an arm
 
 `--control` measures without a task or a judge: the loss of held-out answers of each domain under
 prefixes of each source. What does a prefix cost, and is an answer likelier under latents of its own
-domain? Held out is every tenth trace, which neither the VAE nor the warm-up learns from.
+domain? Held out is every tenth trace, which neither the VAE nor the warm-up learns from, if all
+of them are given the same --traces and --limit.
 
 Departs from the paper: it evaluates each arm on its own benchmark and model and gives no
 intervals; here all arms see the same questions, the same policy and the same number of samples.
@@ -720,7 +721,10 @@ def evaluate_control(config):
         model, reader, vae, traces, config.length, CONTROL_SOURCES, config.prompt, config.answers
     )
     if control is None:
-        raise ValueError("a domain has no held-out trace of a short prompt: more traces are needed")
+        raise ValueError(
+            f"a domain of the VAE ({', '.join(vae.domains)}) has no held-out trace: every tenth of "
+            "the traces is held out, by its place among them; give more of each domain, mixed"
+        )
     save_control(control, config, time.time() - began, device)
     return control
 
@@ -962,6 +966,8 @@ class EvaluateConfig:
         require_at_least(self, questions=1, samples=1, length=0, slots=1, answers=1, limit=1)
         if self.control and self.length == 0:
             raise ValueError("--control measures what prefixes do: --length must be at least 1")
+        if self.control and (self.prompt == "few-shot" or self.independent):
+            raise ValueError("--control reads tiled prefixes and plain prompts, without examples")
         require_at_least(self, temperature=0, top_k=0, max_new_tokens=1)
         Sampling(self.temperature, self.top_p, self.top_k, max_new_tokens=self.max_new_tokens)
         self.sources()

@@ -929,25 +929,32 @@ def prepare(config, ranks):
         if ranks.rank == 0 and not named_by_user:
             vae.train(vae.VAEConfig(out=vae_folder(config), **corpus))
 
-    settings = {"prompt": style_of_answers(config)}
-    for name in ("device", "precision", "fsdp", "checkpointing"):
-        settings[name] = getattr(config, name)
     policies = {}
     for schedule in config.schedule:
         source = "none" if schedule == "none" else config.warm_up
         folder = sft.warm_up_folder(config.out, config.model, source)
         policy = f"{folder}/policy"
         if policy not in policies.values():
-            settings.update(sft.warm_up_defaults(config.model, source))
-            for name in ("lr", "steps"):
-                value = getattr(config, f"sft_{name}")
-                if value is not None:
-                    settings[name] = value
-            settings.update(out=folder, source=source, vae=vae_folder(config))
+            settings = warm_up_settings(config, source)
             with stage("warm-up", folder, "sft.py", ranks):
-                sft.train(sft.SFTConfig(resume=True, **settings, **corpus), ranks)
+                sft.train(sft.SFTConfig(out=folder, resume=True, **settings, **corpus), ranks)
         policies[schedule] = policy
     return policies
+
+
+def warm_up_settings(config, source):
+    """The settings of the warm-up under prefixes of a source, but for its model, traces and out."""
+    settings = sft.warm_up_defaults(config.model, source)
+    if vae.VAE.load(vae_folder(config)).rows_per_z > 1:
+        settings.pop("lengths", None)  # rows that are parts of a whole are taken whole
+    for name in ("lr", "steps"):
+        value = getattr(config, f"sft_{name}")
+        if value is not None:
+            settings[name] = value
+    for name in ("device", "precision", "fsdp", "checkpointing"):
+        settings[name] = getattr(config, name)
+    settings.update(source=source, vae=vae_folder(config), prompt=style_of_answers(config))
+    return settings
 
 
 def style_of_answers(config):
@@ -1101,16 +1108,16 @@ def train(config):
     policies = prepare(config, ranks)
     check_domains(config)  # now the VAE names its domains
     check_model(config, task, policies[config.schedule[0]])
-    corpus = corpus_of(config)
+    traces = []
+    if needs_vae(config.source):
+        corpus = corpus_of(config)
+        traces = vae.load_traces(corpus["traces"], corpus["limit"])
     folders = {}
     for run_plan in run_plans(config):
         run = Run(run_plan.folder, run_plan.settings, ranks, config.resume, config.overwrite)
         folders.setdefault(run_plan.schedule, []).append(run_plan.folder)
         if not run.finished:
             start = policies[run_plan.schedule]
-            traces = []
-            if run_plan.schedule != "none" and needs_vae(config.source):
-                traces = vae.load_traces(corpus["traces"], corpus["limit"])
             train_run(run_plan, run, task, rewards, start, config, traces)
         elif ranks.rank == 0:
             print(f"using {run_plan.folder}")
@@ -1142,8 +1149,8 @@ def train_run(run_plan, run, task, rewards, start, config, traces=()):
     decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
     if latents is not None and config.length > 0 and traces:
         style = style_of_answers(config)
-        length = config.length
-        sft.say_control("before RL", model, reader, latents, traces, length, run.ranks, style)
+        measured = (model, reader, latents, traces, config.length, run.ranks, config, style)
+        sft.say_control("before RL", *measured)
     schedule = points_of(run_plan.schedule)
     sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
     train_policy(model, sampler, run, config, reference)

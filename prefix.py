@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.hf_argparser import HfArg
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -622,7 +623,7 @@ def onednn_product(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def can_reorder(weight):
+def onednn_is_faster(weight):
     """Whether products with a weight that stays as it is are faster in oneDNN's order."""
     if weight.device.type != "cpu" or weight.numel() < ONEDNN_FROM:
         return False
@@ -639,7 +640,7 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def serves(x, weight):
         """Whether it is the faster one: on AMD, for fp32 that is not to be rounded."""
-        if not IS_AMD or not can_reorder(weight):
+        if not IS_AMD or not onednn_is_faster(weight):
             return False
         return x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
@@ -649,6 +650,7 @@ class OneDNNLinear(torch.autograd.Function):
         return onednn_product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
@@ -700,7 +702,7 @@ def pack(dtype, *linears):
     bias = None
     if linears[0].bias is not None:
         bias = torch.cat([unshard(linear.bias).to(dtype) for linear in linears])
-    if can_reorder(weight):
+    if onednn_is_faster(weight):
         rows_of_a_step = 64
         weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows_of_a_step)
     elif is_cpu_fp32(weight):
@@ -1121,7 +1123,7 @@ class HeadLogProb(torch.autograd.Function):
     """Log-probs of tokens; logits exist for a chunk at a time, backward computes them again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, sampling, with_entropy):
+    def forward(ctx, hidden, weight, targets, sampling, with_entropy, with_backward):
         """hidden [N, d], weight [V, d], targets [N] -> log-probs [N], entropies [N] (or zeros)."""
         logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
         entropy = hidden.new_zeros(len(hidden), dtype=torch.float32)
@@ -1133,7 +1135,7 @@ class HeadLogProb(torch.autograd.Function):
             logits = linear(hidden[chunk], weight)  # [chunk, V]
             logp = shape_logits(logits, sampling, targets[chunk]).log_softmax(-1)
             logprobs[chunk] = logp.gather(1, targets[chunk, None])[:, 0]
-            if len(ctx.chunks) == 1:
+            if with_backward and len(ctx.chunks) == 1:
                 probs_of_only_chunk = logp.exp()
             if with_entropy:
                 probs = logp.exp() if probs_of_only_chunk is None else probs_of_only_chunk
@@ -1143,8 +1145,9 @@ class HeadLogProb(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
-        """d logp(target) / d logits = (onehot - softmax) / temperature."""
+        """d logp(target) / d logits = (onehot - softmax) / temperature. Works once: see neg_."""
         hidden, weight, targets, probs_of_only_chunk = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -1160,7 +1163,7 @@ class HeadLogProb(torch.autograd.Function):
             grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk])
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def completion_logprobs(
@@ -1213,7 +1216,10 @@ def completion_logprobs(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden = hidden.to(dtype)
         weight = weight.to(dtype)
-    logprobs, entropy = HeadLogProb.apply(hidden, weight, targets, sampling, with_entropy)
+    with_backward = torch.is_grad_enabled()
+    logprobs, entropy = HeadLogProb.apply(
+        hidden, weight, targets, sampling, with_entropy, with_backward
+    )
     return logprobs, entropy if with_entropy else None
 
 
@@ -1250,7 +1256,7 @@ class Stem:
     """Equal for rows that begin alike."""
 
     prompt_ids: tuple[int, ...]
-    image_id: int  # Python's id(...) of the objects that the rows were given
+    image_id: int  # Python's id(...) of the objects that the rows were given, alive meanwhile
     prefix_id: int
     length: int  # tokens, the prefix included
 
@@ -1277,7 +1283,11 @@ def stems_of(prompts, prefixes):
 
 
 def share_stems(stems, lengths, device):
-    """The Sharing of rows of these lengths, the stem included."""
+    """The Sharing of rows of these lengths, the stem included.
+
+    Two rows of a stem of 3 tokens, 5 and 4 long: place [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]], source
+    [0, 1, 2, 3, 4, 8].
+    """
     T = max(lengths)
     first = {}  # where a stem begins among the S tokens
     place = []

@@ -849,7 +849,8 @@ class SFTConfig(TrainingConfig):
         if self.source is None:
             self.source = default_source(self.model)
         for name, value in warm_up_defaults(self.model, self.source).items():
-            if getattr(self, name) is None:
+            # L depends on the VAE, too: see default_lengths.
+            if name != "lengths" and getattr(self, name) is None:
                 setattr(self, name, value)
         if world_of(self.model) is not None:
             self.take_from_world()
@@ -1070,6 +1071,8 @@ def warm_up(model, reader, pairs, prefix_draws, run, config):
 # ==== Part 3: control, a measure that needs no reward =============================================
 
 TOO_DEAR, STEERS = 0.5, 0.05  # nats a token, from which on the verdict says so: our choice
+LONGEST_PROMPT, LONGEST_ANSWER = 1024, 96  # tokens: longer prompts are left out, answers are cut
+VERDICT_LENGTH = 8  # prefix rows L of the verdicts on a warm-up, those that RL takes by default
 
 
 @dataclass
@@ -1136,7 +1139,7 @@ def mean_of_domains(values):
     return sum(means) / len(means)
 
 
-def held_out_pairs(traces, reader, domains, style, answers, max_tokens):
+def held_out_pairs(traces, reader, domains, style, answers):
     """{number of a trace: (Prompt, answer ids)} of measure_control."""
     examples = {}
     count = dict.fromkeys(domains, 0)
@@ -1144,27 +1147,27 @@ def held_out_pairs(traces, reader, domains, style, answers, max_tokens):
         domain = trace["domain"]
         if not is_held_out(number) or domain not in count or count[domain] == answers:
             continue
-        pair = answer_ids(trace, reader, style, 2 * max_tokens)
+        pair = answer_ids(trace, reader, style, LONGEST_PROMPT)
         if pair is not None:
             prompt, answer = pair
-            examples[number] = (prompt, answer[:max_tokens])
+            examples[number] = (prompt, answer[:LONGEST_ANSWER])
             count[domain] += 1
     return examples
 
 
 @torch.no_grad()
 def measure_control(
-    model, reader, vae, traces, length, sources=(), style="auto", answers=8, max_tokens=96
+    model, reader, vae, traces, length, sources=(), style="auto", answers=8, precision="fp32"
 ):
     """The Control of a model under a VAE's prefixes of `length` rows.
 
     traces: as load_traces gives them; of each domain of the VAE the first `answers` held-out ones
-    (is_held_out) with prompts of at most 2 * max_tokens are read, answers cut at max_tokens.
+    (is_held_out) with prompts of at most LONGEST_PROMPT tokens are read.
     sources: beside "none" and the domains, which are always among them: of prefix.py, or "own".
     Returns None where a domain has no such trace. The prefix of an answer is a function of the
     source and of the trace's number.
     """
-    examples = held_out_pairs(traces, reader, vae.domains, style, answers, max_tokens)
+    examples = held_out_pairs(traces, reader, vae.domains, style, answers)
     domains = {traces[number]["domain"] for number in examples}
     if len(domains) < len(vae.domains):
         return None
@@ -1182,34 +1185,43 @@ def measure_control(
         for i, number in enumerate(examples):
             z = posterior.mu[i : i + 1] if source == "own" else None  # [1, k]
             prefixes.append(palette.draw(seed_of("control", number), z).embeddings)
-        for trace, loss in zip(held_out, answer_losses(model, pairs, prefixes)):
+        for trace, loss in zip(held_out, answer_losses(model, pairs, prefixes, precision)):
             losses[trace["domain"]].setdefault(source, []).append(loss)
     return Control(losses)
 
 
 @torch.no_grad()
-def answer_losses(model, pairs, prefixes, tokens_per_batch=4096):
+def answer_losses(model, pairs, prefixes, precision="fp32", tokens_per_batch=4096):
     """The mean loss per token of each answer under its prefix, in nats."""
+    device = model.get_input_embeddings().weight.device
     losses = [0.0] * len(pairs)
     for micro_batch in micro_batches(row_lengths(pairs, prefixes), tokens_per_batch):
         prompts = [pairs[i][0] for i in micro_batch]
         answers = [pairs[i][1] for i in micro_batch]
         leads = [prefixes[i] for i in micro_batch]
-        logprobs, _ = completion_logprobs(model, prompts, answers, leads, with_entropy=False)
+        with autocast(device, precision):
+            logprobs, _ = completion_logprobs(model, prompts, answers, leads, with_entropy=False)
         counts = [len(answer) for answer in answers]
         for i, of_answer in zip(micro_batch, logprobs.split(counts)):
             losses[i] = -of_answer.mean().item()
     return losses
 
 
-def say_control(when, model, reader, vae, traces, length, ranks, style="auto"):
+def say_control(when, model, reader, vae, traces, length, ranks, config, style):
     """Print the verdict on a small sample: before hours of training, and behind them.
 
-    All ranks measure, as a sharded model needs them all; rank 0 speaks. vae.py, which knows no
-    policy, cannot: the first that says it is the warm-up, before its first update.
+    config: a TrainingConfig, of which the precision is read. All ranks measure, as a sharded model
+    needs them all; rank 0 speaks. vae.py, which knows no policy, cannot: the first that says it is
+    the warm-up, before its first update.
     """
-    control = measure_control(model, reader, vae, traces, length, style=style)
-    if control is not None and ranks.rank == 0:
+    control = measure_control(
+        model, reader, vae, traces, length, style=style, precision=config.precision
+    )
+    if ranks.rank != 0:
+        return
+    if control is None:
+        print(f"{when}: no verdict on prefixes, as a domain has no held-out trace (every tenth is)")
+    else:
         print(f"{when}: {control.verdict()}", flush=True)
 
 
@@ -1254,14 +1266,16 @@ def load_vae(config):
     return vae
 
 
-def default_lengths(source, vae):
+def default_lengths(config, world, vae):
     """From the posterior several L, so that the model follows a prefix of any; else one z's rows.
 
     The rows that one z makes are parts of a whole, by a GPT decoder: there L is their number.
+    world: what the model was called, which may have lengths of its own.
     """
     if vae is not None and vae.rows_per_z > 1:
         return [vae.rows_per_z]
-    return [1, 2, 4, 8] if source == "posterior" else [1]
+    usual = [1, 2, 4, 8] if config.source == "posterior" else [1]
+    return warm_up_defaults(world, config.source).get("lengths", usual)
 
 
 def train(config, ranks=None):
@@ -1273,11 +1287,12 @@ def train(config, ranks=None):
     if ranks is None:
         ranks = Ranks.start(config.device, config.fsdp)
     check_traces(config.traces, config.limit, skip=world_traces(config.model))
+    world = config.model
     config = make_missing(config, ranks)
 
     vae = load_vae(config)
     if config.lengths is None and config.source != "none":
-        config = replace(config, lengths=default_lengths(config.source, vae))
+        config = replace(config, lengths=default_lengths(config, world, vae))
 
     settings = result_settings(config)
     if not config.overwrite and is_finished(config.out, settings, config.resume):
@@ -1296,11 +1311,12 @@ def train(config, ranks=None):
     prefix_draws = PrefixDraws(vae, table, config, posterior)
 
     run = Run(config.out, settings, ranks, config.resume, config.overwrite)
+    measured = (model, reader, vae, traces, VERDICT_LENGTH, ranks, config, config.prompt)
     if vae is not None:
-        say_control("before the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
+        say_control("before the warm-up", *measured)
     warm_up(model, reader, pairs, prefix_draws, run, config)
     if vae is not None:
-        say_control("after the warm-up", model, reader, vae, traces, 8, ranks, config.prompt)
+        say_control("after the warm-up", *measured)
     return run
 
 

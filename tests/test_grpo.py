@@ -1655,6 +1655,17 @@ def test_a_stage_of_other_settings_is_refused_with_the_command_that_replaces_it(
     assert f"{script} ... --overwrite" in message
 
 
+def test_the_warm_ups_of_a_job_share_no_settings_whatever_their_order(tmp_path, vae):
+    vae.save(tmp_path / "vae")
+    config = GRPOConfig(out=str(tmp_path), schedule=["two-phase", "none"])
+    guided = grpo.warm_up_settings(config, config.warm_up)
+    plain = grpo.warm_up_settings(config, "none")
+    assert guided["lengths"] == [4, 8]
+    for settings in (guided, plain):
+        sft.SFTConfig(model="any", traces=["any.jsonl"], out="any", **settings)
+    assert plain["source"] == "none" and plain["steps"] == 10
+
+
 def test_runs_are_named_and_start_from_the_warm_up_of_their_kind(tmp_path, monkeypatch):
     def policies_of(config, ranks):
         policies = {}

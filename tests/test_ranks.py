@@ -4,8 +4,10 @@ Ranks are forked from this process (gloo, on the CPU), which saves each of them 
 test runs torchrun itself.
 """
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
 import multiprocessing
 import os
@@ -245,6 +247,23 @@ def hold_a_share(ranks, folder):
 
 def test_every_rank_holds_its_share_alone(policy_folder):
     run_ranks(hold_a_share, policy_folder)
+
+
+def say_a_verdict(ranks, folder, vae, traces, out):
+    """All ranks measure, in the precision of the shards; rank 0 speaks."""
+    config = TrainingConfig(precision="bf16")
+    model, reader = load_trainable(str(folder), ranks, config)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sft.say_control("now", model, reader, vae, traces, 2, ranks, config, "auto")
+    (out / f"said-{ranks.rank}").write_text(printed.getvalue())
+
+
+def test_ranks_measure_control_in_the_precision_of_their_shares(
+    policy_folder, vae, traces, tmp_path
+):
+    run_ranks(say_a_verdict, policy_folder, vae, traces, tmp_path)
+    assert (tmp_path / "said-0").read_text().startswith("now: ")
+    assert (tmp_path / "said-1").read_text() == ""
 
 
 def see_a_little(ranks, folder, out, config):

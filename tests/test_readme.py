@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = ("vae.py", "prefix.py", "sft.py", "grpo.py", "rewards.py", "evaluate.py")
-TUTORIAL_SCRIPTS = ("tutorials/tiny_world.py", "tutorials/reproduce.py")
+TUTORIAL_SCRIPTS = ("tutorials/tiny_world.py", "tutorials/reproduce.py", "tutorials/explore.py")
 
 
 def test_the_table_of_the_tiny_world_is_the_measured_one():

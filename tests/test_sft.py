@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sft import (
     Run,
     SFTConfig,
     answer_ids,
+    default_lengths,
     lm_step,
     measure_control,
     pairs_of,
@@ -542,7 +544,7 @@ def test_losses_of_control_are_those_of_transformers_on_held_out_answers(
     model, reader, traces, vae
 ):
     """Every tenth trace; under its domain's prefix, its own mean latent, and without."""
-    control = measure_control(model, reader, vae, traces, 4, ("own",), answers=3, max_tokens=64)
+    control = measure_control(model, reader, vae, traces, 4, ("own",), answers=3)
     number = 19  # the second held-out trace of its domain is the fifth of all
     domain = traces[number]["domain"]
     of_domain = [i for i in range(9, 300, 10) if traces[i]["domain"] == domain]
@@ -568,9 +570,12 @@ def test_losses_of_control_are_those_of_transformers_on_held_out_answers(
         assert {len(values) for values in losses.values()} == {3}
 
 
-def test_answers_of_control_are_cut_and_a_domain_without_any_has_none(model, reader, traces, vae):
-    short = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=8)
-    long = measure_control(model, reader, vae, traces, 1, answers=2, max_tokens=64)
+def test_answers_of_control_are_cut_and_a_domain_without_any_has_none(
+    model, reader, traces, vae, monkeypatch
+):
+    long = measure_control(model, reader, vae, traces, 1, answers=2)
+    monkeypatch.setattr(sft, "LONGEST_ANSWER", 8)
+    short = measure_control(model, reader, vae, traces, 1, answers=2)
     assert short.losses["math"]["none"] != long.losses["math"]["none"]
     assert measure_control(model, reader, vae, traces[:20], 1) is None  # one held out, of 3 domains
 
@@ -921,7 +926,9 @@ def test_the_settings_that_a_world_fills_in():
     assert (config.vae, config.out) == ("runs/tiny/vae", "runs/tiny/sft")
     assert (config.traces, config.limit) == (["runs/tiny/base/traces.jsonl"], 10**9)
     assert (config.source, config.steps, config.batch, config.lr) == ("posterior", 100, 64, 2e-4)
-    assert config.lengths == [4, 8]
+    assert default_lengths(config, config.model, None) == [4, 8]
+    gpt = SimpleNamespace(rows_per_z=8)
+    assert default_lengths(config, config.model, gpt) == [8]  # its rows are parts of a whole
     for source in ("none", "prior"):
         baseline = SFTConfig(source=source)
         assert baseline.out == f"runs/tiny/sft-{source}"
