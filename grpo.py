@@ -1148,9 +1148,17 @@ def train_run(run_plan, run, task, rewards, start, config, traces=()):
     ends = end_ids(model, reader.tokenizer)
     decoder = Decoder(model, ends, config.slots, dtype=PRECISIONS[config.rollout_precision])
     if latents is not None and config.length > 0 and traces:
-        style = style_of_answers(config)
-        measured = (model, reader, latents, traces, config.length, run.ranks, config, style)
-        sft.say_control("before RL", *measured)
+        sft.say_control(
+            "before RL",
+            model=model,
+            reader=reader,
+            vae=latents,
+            traces=traces,
+            length=config.length,
+            ranks=run.ranks,
+            config=config,
+            style=style_of_answers(config),
+        )
     schedule = points_of(run_plan.schedule)
     sampler = Sampler(decoder, reader, task, rewards, palette, schedule, run_plan.seed)
     train_policy(model, sampler, run, config, reference)

@@ -35,6 +35,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -1311,12 +1312,22 @@ def train(config, ranks=None):
     prefix_draws = PrefixDraws(vae, table, config, posterior)
 
     run = Run(config.out, settings, ranks, config.resume, config.overwrite)
-    measured = (model, reader, vae, traces, VERDICT_LENGTH, ranks, config, config.prompt)
+    say = partial(
+        say_control,
+        model=model,
+        reader=reader,
+        vae=vae,
+        traces=traces,
+        length=VERDICT_LENGTH,
+        ranks=ranks,
+        config=config,
+        style=config.prompt,
+    )
     if vae is not None:
-        say_control("before the warm-up", *measured)
+        say("before the warm-up")
     warm_up(model, reader, pairs, prefix_draws, run, config)
     if vae is not None:
-        say_control("after the warm-up", *measured)
+        say("after the warm-up")
     return run
 
 
